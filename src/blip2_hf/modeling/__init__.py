@@ -1,0 +1,1 @@
+"""Vision towers, the Q-Former and the two BLIP-2 models."""

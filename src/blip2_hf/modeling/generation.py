@@ -1,0 +1,400 @@
+"""BLIP-2 for generation (Li et al. 2023, sec. 3.3): tower, Q-Former, projection, language model.
+
+Shapes: N images, B rows of text, Q queries, P image tokens, S positions of the prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+
+from ..configuration import Blip2Config
+from ..outputs import Blip2ForConditionalGenerationModelOutput
+from .base import Blip2PreTrainedModel
+from .encoded import EncodedImages
+from .masks import matching_mask
+from .prefill import can_prefill_once, position_arguments, prefill_causal, prefill_seq2seq
+from .prompts import Prompt, match_rows, prompt_from_embeds, prompt_from_ids, start_ids
+from .qformer import Blip2TextEmbeddings
+
+
+class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
+    """Stage 2, captioning, visual question answering and chat, with any causal or sequence-to-sequence LLM.
+
+    With `config.qformer_config.use_qformer_text_input` the Q-Former also reads the question (the paper's figure 7 for
+    VQA, and InstructBLIP): pass `qformer_input_ids`.
+    """
+
+    accepts_loss_kwargs = True  # `num_items_in_batch`, for exact gradient accumulation in Trainer
+
+    def __init__(self, config: Blip2Config):
+        super().__init__(config)
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        self._add_bridge(config)
+        if config.qformer_config.use_qformer_text_input:
+            self.embeddings = Blip2TextEmbeddings(config.qformer_config)
+        text_config = config.text_config
+        self.language_projection = nn.Linear(
+            config.qformer_config.hidden_size, text_config.get_text_config().hidden_size
+        )
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        try:
+            self.language_model = auto.from_config(text_config)
+        except ValueError as error:
+            raise ValueError(
+                f"`text_config` of model_type {text_config.model_type!r} is not a language model that "
+                f"{auto.__name__} can build"
+            ) from error
+        self.post_init()
+
+    # -- the language model's embeddings -----------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.language_model.get_encoder() if modality is None else super().get_encoder(modality=modality)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, of the language model (with what it ties and derives)."""
+        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.text_config.get_text_config().vocab_size = embeddings.num_embeddings
+        self._trained_parts.add("language_model")  # no longer what its checkpoint holds
+        return embeddings
+
+    # -- freezing ----------------------------------------------------------------------------------------------------
+
+    def _backbones(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        language = list(self.language_model.named_parameters(prefix="language_model"))
+        return {**super()._backbones(), "language_model": language}
+
+    def freeze_language_model(self) -> None:
+        """Freezes the LLM: no gradients for its weights, and evaluation mode also after `.train()`."""
+        self._set_frozen("language_model", True)
+
+    def unfreeze_language_model(self) -> None:
+        """Makes the LLM trainable again."""
+        self._set_frozen("language_model", False)
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    def _project(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | EncodedImages | None,
+        vision_features: torch.Tensor | None,
+        qformer_input_ids: torch.Tensor | None,
+        qformer_attention_mask: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, BaseModelOutput | None, BaseModelOutputWithPoolingAndCrossAttentions | None]:
+        """The images as the language model sees them, [N or questions, Q, W], and what they were computed from."""
+        self._check_question(qformer_input_ids)
+        flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        vision_outputs, qformer_outputs = None, None
+        if isinstance(image_embeds, EncodedImages):
+            if pixel_values is not None or vision_features is not None:
+                raise ValueError("`image_embeds` (encoded images) must be the only image input, got others as well")
+            queries = image_embeds.query_output
+            images = {"past_key_values": image_embeds.image_cache()}
+            count = len(image_embeds)
+        else:
+            features = self._image_features(
+                pixel_values, image_embeds, vision_features, interpolate_pos_encoding, **flags
+            )
+            vision_outputs = features if pixel_values is not None else None
+            images = {"encoder_hidden_states": features.last_hidden_state}
+            count = features.last_hidden_state.shape[0]
+            if qformer_input_ids is None:
+                qformer_outputs = self._query_pass(features.last_hidden_state, **flags)
+                queries = qformer_outputs.last_hidden_state
+        if qformer_input_ids is not None:
+            qformer_outputs = self._question_pass(count, images, qformer_input_ids, qformer_attention_mask, flags)
+            queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
+        return self.language_projection(queries.to(self.language_projection.weight.dtype)), vision_outputs, qformer_outputs
+
+    def _check_question(self, qformer_input_ids: torch.Tensor | None) -> None:
+        takes = self.config.qformer_config.use_qformer_text_input
+        if takes and qformer_input_ids is None:
+            raise ValueError(
+                "`qformer_input_ids` must be given, got None: this model's Q-Former reads the question too "
+                "(`Blip2Processor(..., qformer_text=...)`)"
+            )
+        if not takes and qformer_input_ids is not None:
+            raise ValueError(
+                "`qformer_input_ids` was given, but this model's Q-Former has no text branch "
+                "(`qformer_config.use_qformer_text_input` is False)"
+            )
+
+    def _question_pass(
+        self,
+        count: int,
+        images: dict[str, Any],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        flags: dict[str, bool],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Queries and question together; one image per question, or one for all (its keys shared, not copied)."""
+        rows = input_ids.shape[0]
+        if count not in (1, rows):
+            raise ValueError(f"`qformer_input_ids` has {rows} rows for {count} images; give one per image or one image")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        queries = self.query_tokens.expand(rows, -1, -1)
+        return self.qformer(
+            self.embeddings(input_ids, query_embeds=queries),
+            query_length=queries.shape[1],
+            attention_mask=matching_mask(queries.shape[1], mask),
+            **images,
+            **flags,
+        )
+
+    # -- prompt ------------------------------------------------------------------------------------------------------
+
+    def _prompt(
+        self,
+        images: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> Prompt:
+        embedding, token = self.get_input_embeddings(), self.config.image_token_index
+        if inputs_embeds is not None:
+            return prompt_from_embeds(images, inputs_embeds, input_ids, attention_mask, embedding, token)
+        if input_ids is None:
+            if attention_mask is not None:
+                raise ValueError("`attention_mask` was given without `input_ids`")
+            text_config = self.config.text_config.get_text_config()
+            input_ids = start_ids(*images.shape[:2], token, text_config, images.device)
+        return prompt_from_ids(images, input_ids, attention_mask, embedding, token)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | EncodedImages | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2ForConditionalGenerationModelOutput | tuple:
+        """
+        Args:
+            pixel_values: [N, 3, H, W]; or `image_embeds` [N, P, E] (after `ln_vision`) or what `encode_image` returned;
+                or `vision_features` [N, P, E] (before `ln_vision`). One image per row of text, or one for all rows.
+            input_ids: [B, S] with Q image placeholders per row (`Blip2Processor` puts them there); padding may be on
+                either side. None: the images alone. `inputs_embeds` [B, S, W] instead of it.
+            attention_mask: [B, S], 1 = real.
+            labels: decoder-only: [B, S], the ids with -100 where nothing is learned (image placeholders and padding
+                are left out in any case); encoder-decoder: [B, T], the decoder's target (padding is left out).
+            qformer_input_ids, qformer_attention_mask: [B, Tq] the question for a question-conditioned Q-Former.
+            decoder_input_ids, decoder_attention_mask: [B, T] for encoder-decoder models without `labels`.
+            num_items_in_batch: number of target tokens that the loss is divided by (of all accumulated batches);
+                default: those of this batch.
+            interpolate_pos_encoding, output_attentions, output_hidden_states: as in `Blip2VisionModel.forward`; the
+                latter two apply to tower, Q-Former and language model.
+
+        Raises:
+            ValueError: for missing or surplus images, placeholders that do not match, shapes that do not fit.
+        """
+        output_attentions = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        images, vision_outputs, qformer_outputs = self._project(
+            pixel_values,
+            image_embeds,
+            vision_features,
+            qformer_input_ids,
+            qformer_attention_mask,
+            interpolate_pos_encoding,
+            output_attentions,
+            output_hidden_states,
+        )
+        prompt = self._prompt(images, input_ids, inputs_embeds, attention_mask)
+        flags = {
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": True,
+        }
+        if self.config.is_encoder_decoder:
+            loss, outputs = self._seq2seq(
+                prompt, labels, decoder_input_ids, decoder_attention_mask, num_items_in_batch, flags
+            )
+        else:
+            if decoder_input_ids is not None or decoder_attention_mask is not None:
+                raise ValueError("`decoder_input_ids` was given, but the language model is decoder-only")
+            loss, outputs = self._causal(prompt, labels, num_items_in_batch, flags)
+        result = Blip2ForConditionalGenerationModelOutput(
+            loss=loss,
+            logits=outputs.logits,
+            vision_outputs=vision_outputs,
+            qformer_outputs=qformer_outputs,
+            language_model_outputs=outputs,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def _causal(self, prompt: Prompt, labels: torch.Tensor | None, num_items_in_batch, flags: dict):
+        outputs = self.language_model(
+            inputs_embeds=prompt.embeds,
+            attention_mask=prompt.mask,
+            **position_arguments(self.language_model, prompt.position_ids()),
+            **flags,
+        )
+        if labels is None:
+            return None, outputs
+        queries = self.config.num_query_tokens
+        if self.config.image_token_index is None and labels.shape[1] + queries == prompt.mask.shape[1]:
+            labels = nn.functional.pad(labels, (queries, 0), value=-100)  # the images were put before the text
+        if labels.shape != prompt.mask.shape:
+            raise ValueError(f"`labels` must have the shape of the tokens, got {tuple(labels.shape)}")
+        untaught = prompt.is_image | (prompt.mask == 0)
+        labels = labels.masked_fill(untaught.to(labels.device), -100)
+        logits = outputs.logits
+        loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        return loss, outputs
+
+    def _seq2seq(
+        self, prompt: Prompt, labels, decoder_input_ids, decoder_attention_mask, num_items_in_batch, flags: dict
+    ):
+        if labels is not None:
+            padding = self.config.text_config.pad_token_id
+            if padding is not None:
+                labels = labels.masked_fill(labels == padding, -100)
+            if decoder_input_ids is None:
+                decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
+        if decoder_input_ids is None:
+            raise ValueError("an encoder-decoder language model needs `labels` or `decoder_input_ids`, got neither")
+        # Relative positions count padding between tokens, so it is moved behind them.
+        prompt = prompt.packed("right")
+        outputs = self.language_model(
+            inputs_embeds=prompt.embeds,
+            attention_mask=prompt.mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            **flags,
+        )
+        if labels is None:
+            return None, outputs
+        logits = outputs.logits.flatten(0, 1).float()
+        labels = labels.flatten().to(logits.device)
+        return fixed_cross_entropy(logits, labels, num_items_in_batch, ignore_index=-100), outputs
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | EncodedImages | None = None,
+        vision_features: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        generation_config: GenerationConfig | None = None,
+        **generate_kwargs: Any,
+    ) -> torch.Tensor | Any:
+        """Generates text; every option of `GenerationMixin.generate` is taken (beams, sampling, streamer, …).
+
+        The prompt is computed once per row and its cache repeated for beams and samples. Ragged prompts may be padded
+        on either side. The defaults are those of `self.generation_config`, then of the language model's own.
+
+        Args:
+            pixel_values, input_ids, attention_mask, qformer_*, image_embeds, vision_features, inputs_embeds,
+            interpolate_pos_encoding: as in `forward`.
+            generation_config, generate_kwargs: as in `GenerationMixin.generate`.
+
+        Returns:
+            As `transformers`' BLIP-2: decoder-only: the given `input_ids` and the continuation (the continuation
+            alone if `inputs_embeds` were given without ids); encoder-decoder: the answer. A dictionary with
+            `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: as `forward`, and for options that `generate` does not know.
+        """
+        images, _, _ = self._project(
+            pixel_values,
+            image_embeds,
+            vision_features,
+            qformer_input_ids,
+            qformer_attention_mask,
+            interpolate_pos_encoding,
+        )
+        given = self._prompt(images, input_ids, inputs_embeds, attention_mask)
+        prompt = given.packed("right" if self.config.is_encoder_decoder else "left")
+        generation_config, options = self._generation_options(generation_config, generate_kwargs)
+        prefill = can_prefill_once(self.language_model, generation_config, options)
+        if self.config.is_encoder_decoder:
+            prompt_arguments = {"attention_mask": prompt.mask}
+            if prefill:
+                prompt_arguments |= prefill_seq2seq(self.language_model, prompt, generation_config)
+            else:
+                prompt_arguments["inputs_embeds"] = prompt.embeds
+        else:
+            prompt_arguments = {"attention_mask": prompt.mask, "inputs_embeds": prompt.embeds}
+            if prompt.ids is not None:
+                prompt_arguments["input_ids"] = prompt.ids
+            if prefill:
+                prompt_arguments |= prefill_causal(self.language_model, prompt, generation_config)
+        outputs = self.language_model.generate(generation_config=generation_config, **prompt_arguments, **options)
+        if self.config.is_encoder_decoder or given.ids is None:
+            return outputs
+        return self._with_given_prompt(outputs, given.ids)
+
+    def _generation_options(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The generation config of this call, and the arguments that are no part of it."""
+        config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        for defaults in (self.generation_config, self.language_model.generation_config):
+            config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
+        return config, config.update(**kwargs)
+
+    def _with_given_prompt(self, outputs: Any, ids: torch.Tensor) -> Any:
+        """Puts the prompt back as it was given (its padding had been moved to the left)."""
+        sequences = outputs if torch.is_tensor(outputs) else outputs.sequences
+        length = ids.shape[1]
+        if self.config.image_token_index is None:
+            ids = ids[:, self.config.num_query_tokens :]  # there were no placeholders
+        prompts = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], dim=0).to(sequences.device)
+        sequences = torch.cat([prompts, sequences[:, length:]], dim=1)
+        if torch.is_tensor(outputs):
+            return sequences
+        outputs.sequences = sequences
+        return outputs

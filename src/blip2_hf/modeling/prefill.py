@@ -1,0 +1,90 @@
+"""Generation whose prompt is computed once per row, not once per beam or sample.
+
+`GenerationMixin` repeats the prompt for every beam before its first forward pass. Here the language model reads the
+prompt first, and what is repeated is the cache of keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_utils import PreTrainedModel
+
+from .prompts import Prompt
+
+# Options with which `generate` runs the prompt in a way of its own.
+_OWN_PREFILL = ("past_key_values", "assistant_model", "custom_generate", "encoder_outputs", "decoder_input_ids")
+
+
+def repeats(config: GenerationConfig) -> int:
+    """How many sequences are decoded per row of the prompt."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+def can_prefill_once(model: PreTrainedModel, config: GenerationConfig, options: dict[str, Any]) -> bool:
+    """Whether the prompt can be computed before `generate` with the same result, and it pays."""
+    return (
+        repeats(config) > 1
+        and config.use_cache is not False
+        and config.cache_implementation is None
+        and config.prefill_chunk_size is None
+        and config.prompt_lookup_num_tokens is None
+        and not config.output_attentions
+        and not config.output_hidden_states
+        and not any(options.get(name) is not None for name in _OWN_PREFILL)
+        and model._supports_default_dynamic_cache()
+    )
+
+
+def prefill_causal(model: PreTrainedModel, prompt: Prompt, config: GenerationConfig) -> dict[str, Any]:
+    """Arguments for `generate` of a decoder-only model: a cache of all positions but the last, for every beam.
+
+    The last position is left to `generate`, which needs its logits once per beam.
+    """
+    if prompt.embeds.shape[1] < 2:
+        return {}
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    model.base_model(
+        inputs_embeds=prompt.embeds[:, :-1],
+        attention_mask=prompt.mask[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        **position_arguments(model, prompt.position_ids()[:, :-1]),
+    )
+    _repeat(cache, repeats(config))
+    return {"past_key_values": cache}
+
+
+def prefill_seq2seq(model: PreTrainedModel, prompt: Prompt, config: GenerationConfig) -> dict[str, Any]:
+    """Arguments for `generate` of an encoder-decoder model: the encoder's output, and the decoder's keys and values
+    of it for every beam."""
+    encoded = model.get_encoder()(inputs_embeds=prompt.embeds, attention_mask=prompt.mask, return_dict=True)
+    decoder_config = model.config.get_text_config(decoder=True)
+    cross = DynamicCache(config=decoder_config)
+    # One decoder step on any token fills the cross-attention part; its self-attention part is thrown away.
+    model(
+        encoder_outputs=encoded,
+        attention_mask=prompt.mask,
+        decoder_input_ids=prompt.mask.new_zeros(prompt.mask.shape[0], 1),
+        past_key_values=EncoderDecoderCache(DynamicCache(config=decoder_config), cross),
+        use_cache=True,
+    )
+    _repeat(cross, repeats(config))
+    return {
+        "encoder_outputs": encoded,
+        "past_key_values": EncoderDecoderCache(DynamicCache(config=decoder_config), cross),
+    }
+
+
+def position_arguments(model: PreTrainedModel, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`position_ids` for a language model that takes them (the others derive positions from the mask)."""
+    import inspect
+
+    return {"position_ids": position_ids} if "position_ids" in inspect.signature(model.forward).parameters else {}
+
+
+def _repeat(cache: Cache, times: int) -> None:
+    cache.batch_repeat_interleave(times)

@@ -1,0 +1,169 @@
+"""Putting projected images and text together into one sequence for the language model.
+
+Shapes: B rows, Q image positions, S positions in all, W width of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Prompt:
+    """A prompt as the language model takes it.
+
+    Attributes:
+        embeds: [B, S, W], images in place.
+        mask: [B, S] int64, 1 = real.
+        ids: [B, S] token ids, or None if only embeddings were given.
+        is_image: [B, S] bool, the image positions.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+    ids: torch.Tensor | None
+    is_image: torch.Tensor
+
+    def position_ids(self) -> torch.Tensor:
+        """[B, S]: positions counted over real tokens only, so that padding anywhere changes nothing."""
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def packed(self, side: str) -> Prompt:
+        """The same rows with all padding moved to one side ("left" or "right"), the order of real tokens kept."""
+        real = self.mask.bool()
+        order = torch.sort(real.int(), dim=1, descending=side == "right", stable=True).indices
+        return Prompt(
+            self.embeds.gather(1, order[..., None].expand_as(self.embeds)),
+            self.mask.gather(1, order),
+            None if self.ids is None else self.ids.gather(1, order),
+            self.is_image.gather(1, order),
+        )
+
+
+def match_rows(image_embeds: torch.Tensor, rows: int) -> torch.Tensor:
+    """One image per row of text; a single image serves all rows.
+
+    Raises:
+        ValueError: if the numbers differ otherwise.
+    """
+    images = image_embeds.shape[0]
+    if images == rows:
+        return image_embeds
+    if images == 1:
+        return image_embeds.expand(rows, *image_embeds.shape[1:])
+    raise ValueError(
+        f"{images} images do not fit {rows} rows of text: give one image per row or a single image for all (index the "
+        "encoded images to repeat them)"
+    )
+
+
+def prompt_from_ids(
+    images: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    embedding: torch.nn.Module,
+    image_token_id: int | None,
+) -> Prompt:
+    """Text with image placeholders (or, without a placeholder token, text that the images are put before).
+
+    Args:
+        images: [B, Q, W] or [1, Q, W].
+        input_ids: [B, S]; attention_mask: [B, S], default all real.
+        embedding: the language model's input embeddings.
+        image_token_id: id of the placeholder; None: images go first, S becomes Q + S.
+
+    Raises:
+        ValueError: if a row has not exactly Q placeholders, or shapes do not fit.
+    """
+    if input_ids.ndim != 2:
+        raise ValueError(f"`input_ids` must have shape [batch, tokens], got {tuple(input_ids.shape)}")
+    mask = _checked_mask(attention_mask, input_ids)
+    images = match_rows(images, input_ids.shape[0])
+    if image_token_id is None:
+        filler = input_ids.new_zeros(*images.shape[:2])
+        prompt = prompt_from_embeds(images, embedding(input_ids), None, mask, embedding, None)
+        prompt.ids = torch.cat([filler, input_ids], dim=1)
+        return prompt
+    is_image = input_ids == image_token_id
+    _check_count(is_image, images.shape[1], image_token_id, "input_ids")
+    # The placeholder may lie outside of the vocabulary of a language model whose embeddings stay as they were.
+    embeds = embedding(input_ids.masked_fill(is_image, 0))
+    return Prompt(_scatter(images, embeds, is_image), mask, input_ids, is_image)
+
+
+def prompt_from_embeds(
+    images: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    embedding: torch.nn.Module,
+    image_token_id: int | None,
+) -> Prompt:
+    """As `prompt_from_ids`, from embeddings [B, S, W]; the placeholders are found by `input_ids` if these are given
+    too, else by their embedding."""
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != images.shape[-1]:
+        raise ValueError(
+            f"`inputs_embeds` must have shape [batch, tokens, {images.shape[-1]}], got {tuple(inputs_embeds.shape)}"
+        )
+    mask = _checked_mask(attention_mask, inputs_embeds[..., 0])
+    images = match_rows(images, inputs_embeds.shape[0])
+    if image_token_id is None:
+        queries = images.shape[1]
+        embeds = torch.cat([images.to(inputs_embeds.device, inputs_embeds.dtype), inputs_embeds], dim=1)
+        mask = torch.cat([mask.new_ones(mask.shape[0], queries), mask], dim=1)
+        is_image = (torch.arange(embeds.shape[1], device=embeds.device) < queries).expand(embeds.shape[:2])
+        return Prompt(embeds, mask, None, is_image)
+    if input_ids is not None:
+        if input_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`input_ids` {tuple(input_ids.shape)} and `inputs_embeds` {tuple(inputs_embeds.shape)} must have the "
+                "same rows and positions"
+            )
+        is_image = input_ids == image_token_id
+    else:
+        placeholder = embedding(torch.full((1,), image_token_id, dtype=torch.long, device=inputs_embeds.device))
+        is_image = (inputs_embeds == placeholder).all(dim=-1)
+    _check_count(is_image, images.shape[1], image_token_id, "inputs_embeds")
+    return Prompt(_scatter(images, inputs_embeds, is_image), mask, input_ids, is_image)
+
+
+def start_ids(rows: int, queries: int, image_token_id: int | None, text_config, device) -> torch.Tensor:
+    """Ids [rows, …] of a prompt without text: the placeholders and the token that text of this model starts with.
+
+    For decoder-only models that is BOS, if there is one. A sequence-to-sequence model without BOS (T5) gets EOS, which
+    is how its tokenizer writes an empty text.
+    """
+    start = getattr(text_config, "bos_token_id", None)
+    if start is None and text_config.is_encoder_decoder:
+        start = text_config.eos_token_id
+    ids = [] if image_token_id is None else [image_token_id] * queries
+    ids += [] if start is None else [start]
+    return torch.tensor([ids], dtype=torch.long, device=device).expand(rows, -1)
+
+
+def _checked_mask(attention_mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    if attention_mask is None:
+        return torch.ones(like.shape, dtype=torch.long, device=like.device)
+    if attention_mask.shape != like.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of the tokens {tuple(like.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    return attention_mask.long()
+
+
+def _check_count(is_image: torch.Tensor, queries: int, image_token_id: int, argument: str) -> None:
+    if torch.compiler.is_compiling():  # the counts are values, which a compiled graph cannot look at
+        return
+    counts = is_image.sum(dim=1)
+    if (counts != queries).any():
+        raise ValueError(
+            f"`{argument}` must have {queries} image placeholders (token {image_token_id}) in every row, got "
+            f"{counts.tolist()}; `Blip2Processor` inserts them when it is given images and text"
+        )
+
+
+def _scatter(images: torch.Tensor, embeds: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:
+    images = images.to(embeds.device, embeds.dtype)
+    return embeds.masked_scatter(is_image[..., None], images)

@@ -1,0 +1,241 @@
+"""BLIP-2 for image-text retrieval (Li et al. 2023, sec. 3.2): contrastive and matching scores.
+
+Shapes: N images, M texts, Q queries, T text tokens, P image tokens, D width of the Q-Former.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from ..configuration import Blip2Config
+from ..outputs import Blip2ImageTextMatchingModelOutput
+from .base import Blip2PreTrainedModel
+from .encoded import EncodedImages
+from .masks import matching_mask
+from .qformer import Blip2TextEmbeddings
+
+
+class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
+    """Scores of images and texts: ITC by cosine similarity, ITM by a two-way classifier."""
+
+    def __init__(self, config: Blip2Config):
+        super().__init__(config)
+        if not config.qformer_config.use_qformer_text_input:
+            raise ValueError(
+                "`config.qformer_config.use_qformer_text_input` must be True for a retrieval model, got False"
+            )
+        self._add_bridge(config)
+        width = config.qformer_config.hidden_size
+        self.embeddings = Blip2TextEmbeddings(config.qformer_config)
+        self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(width, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(width, 2)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | EncodedImages | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """[N, Q, 256] unit vectors, one per query; arguments as in `encode_image`."""
+        encoded = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+        return self._image_vectors(encoded.query_output)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, 256] unit vectors of texts [M, T] (the [CLS] token; the text sees no image)."""
+        return self._text_vectors(self._text_pass(input_ids, attention_mask))
+
+    def get_multimodal_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | EncodedImages | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """[pairs, Q, D]: the queries after seeing image and text (pairs as in `match`)."""
+        encoded = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+        outputs = self._multimodal_pass(encoded, input_ids, attention_mask)
+        return outputs.last_hidden_state[:, : self.config.num_query_tokens]
+
+    def _encoded(self, pixel_values, image_embeds, vision_features, interpolate_pos_encoding) -> EncodedImages:
+        if isinstance(image_embeds, EncodedImages):
+            if pixel_values is not None or vision_features is not None:
+                raise ValueError("`image_embeds` (encoded images) must be the only image input, got others as well")
+            return image_embeds
+        return self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+
+    def _image_vectors(self, query_output: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.vision_projection(query_output.to(self._head_dtype)), dim=-1)
+
+    def _text_vectors(self, outputs: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
+        return nn.functional.normalize(self.text_projection(outputs.last_hidden_state[:, 0].to(self._head_dtype)), dim=-1)
+
+    @property
+    def _head_dtype(self) -> torch.dtype:
+        return self.itm_head.weight.dtype
+
+    def _text_pass(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **flags: bool
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        _check_text(input_ids, attention_mask)
+        return self.qformer(self.embeddings(input_ids), query_length=0, attention_mask=attention_mask, **flags)
+
+    # -- matching ----------------------------------------------------------------------------------------------------
+
+    def match(
+        self, encoded: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ITM logits (no match, match), [pairs, 2], mean over queries.
+
+        As many images as texts are taken as pairs; else every image meets every text, image by image: N * M rows.
+        Keys and values of an image are projected by `encode_image` and shared by all its texts.
+
+        Args:
+            encoded: N images from `encode_image` (index it to choose pairs: `encoded[[0, 0, 2]]`).
+            input_ids: [M, T]; attention_mask: [M, T], 1 = real, default all.
+        """
+        return self._match_logits(self._multimodal_pass(encoded, input_ids, attention_mask))
+
+    def match_matrix(
+        self, encoded: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ITM logits of every image with every text, [N, M, 2]; arguments as in `match`."""
+        outputs = self._multimodal_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask))
+        return self._match_logits(outputs).unflatten(0, (len(encoded), -1))
+
+    def _match_logits(self, outputs: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
+        queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]
+        return self.itm_head(queries.to(self._head_dtype)).mean(dim=1)
+
+    def _multimodal_pass(
+        self,
+        encoded: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **flags: bool,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Queries and text together over the images' keys and values (folded where an image has several texts)."""
+        _check_text(input_ids, attention_mask)
+        if len(encoded) != input_ids.shape[0]:
+            input_ids, attention_mask = _all_pairs(len(encoded), input_ids, attention_mask)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        queries = self.query_tokens.expand(input_ids.shape[0], -1, -1)
+        return self.qformer(
+            self.embeddings(input_ids, query_embeds=queries),
+            query_length=queries.shape[1],
+            attention_mask=matching_mask(queries.shape[1], mask),
+            past_key_values=encoded.image_cache(),
+            **flags,
+        )
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | EncodedImages | None = None,
+        vision_features: torch.Tensor | None = None,
+        use_image_text_matching_head: bool = False,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2ImageTextMatchingModelOutput | tuple:
+        """Scores as `transformers`' class of the same name gives them.
+
+        Args:
+            pixel_values: [N, 3, H, W]; or `image_embeds` [N, P, E] or what `encode_image` returned; or
+                `vision_features` [N, P, E].
+            input_ids: [M, T] of the Q-Former's tokenizer; attention_mask: [M, T], default all real. Where
+                `config.image_token_index` is set, rows begin with Q image placeholders, which are left out.
+            use_image_text_matching_head: ITM logits [pairs, 2] (pairs as in `match`) instead of ITC similarities
+                [N, M].
+            output_attentions, output_hidden_states: also return those of tower and Q-Former.
+
+        Raises:
+            ValueError: for missing or surplus images, missing text, shapes that do not fit.
+        """
+        if input_ids is None:
+            raise ValueError("`input_ids` must be given, got None")
+        flags = {
+            "output_attentions": bool(self.config.output_attentions if output_attentions is None else output_attentions),
+            "output_hidden_states": bool(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+        }
+        input_ids, attention_mask = self._without_placeholders(input_ids, attention_mask)
+        vision_outputs = None
+        if isinstance(image_embeds, EncodedImages):
+            encoded = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+        else:
+            features = self._image_features(
+                pixel_values, image_embeds, vision_features, interpolate_pos_encoding, **flags
+            )
+            vision_outputs = features if pixel_values is not None else None
+            encoded = self.encode_image(image_embeds=features.last_hidden_state)
+        if use_image_text_matching_head:
+            outputs = self._multimodal_pass(encoded, input_ids, attention_mask, **flags)
+            per_image = self._match_logits(outputs)
+            image_vectors, text_vectors = encoded.image_embeds, outputs.last_hidden_state
+        else:
+            outputs = self._text_pass(input_ids, attention_mask, **flags)
+            image_vectors, text_vectors = self._image_vectors(encoded.query_output), self._text_vectors(outputs)
+            per_image = torch.einsum("nqd,md->nqm", image_vectors, text_vectors).amax(dim=1)
+        result = Blip2ImageTextMatchingModelOutput(
+            logits_per_image=per_image,
+            logits_per_text=per_image.t(),
+            text_embeds=text_vectors,
+            image_embeds=image_vectors,
+            text_model_output=outputs,
+            vision_model_output=vision_outputs,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def _without_placeholders(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text alone: some published processors put image placeholders before it, which this model does not need."""
+        token = self.config.image_token_index
+        if token is None or torch.compiler.is_compiling() or not (input_ids == token).any():
+            return input_ids, attention_mask
+        queries = self.config.num_query_tokens
+        if not (input_ids[:, :queries] == token).all() or (input_ids[:, queries:] == token).any():
+            raise ValueError(
+                f"`input_ids` must have its {queries} image placeholders (token {token}) before the text in every row"
+            )
+        return input_ids[:, queries:], None if attention_mask is None else attention_mask[:, queries:]
+
+
+def _all_pairs(
+    images: int, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The texts once per image, image by image."""
+    mask = None if attention_mask is None else attention_mask.repeat(images, 1)
+    return input_ids.repeat(images, 1), mask
+
+
+def _check_text(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.shape[1]:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"`input_ids` must have shape [texts, tokens], got {shape}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}"
+        )
