@@ -198,9 +198,7 @@ class Blip2Config(PreTrainedConfig):
         self.vision_feature_index()  # raises if out of range
         if self.vision_layernorm_eps is not None:
             _check_epsilon(self, "vision_layernorm_eps")
-        if self.image_token_index is not None and not (
-            _is_int(self.image_token_index) and self.image_token_index >= 0
-        ):
+        if self.image_token_index is not None and not (_is_int(self.image_token_index) and self.image_token_index >= 0):
             raise ValueError(f"`image_token_index` must be a token id or None, got {self.image_token_index!r}")
         kwargs.pop("is_encoder_decoder", None)
         kwargs.pop("use_decoder_only_language_model", None)  # derived; kept in the JSON for `transformers`
@@ -251,14 +249,20 @@ class Blip2Config(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        return super().get_config_dict(resolve_checkpoint(pretrained_model_name_or_path), **kwargs)
+        """As `PreTrainedConfig.get_config_dict`, with short names and InstructBLIP configs understood."""
+        config_dict, rest = super().get_config_dict(resolve_checkpoint(pretrained_model_name_or_path), **kwargs)
+        return (_from_instructblip(config_dict) if _is_instructblip(config_dict) else config_dict), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`; an InstructBLIP config becomes that of the question-conditioned model."""
-        if config_dict.get("model_type") == "instructblip":
+        if _is_instructblip(config_dict):
             config_dict = _from_instructblip(config_dict)
         return super().from_dict(config_dict, **kwargs)
+
+
+def _is_instructblip(config_dict: dict[str, Any]) -> bool:
+    return config_dict.get("model_type") == "instructblip"
 
 
 def _from_instructblip(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
 from .prefill import can_prefill_once, position_arguments, prefill_causal, prefill_seq2seq
-from .prompts import Prompt, match_rows, prompt_from_embeds, prompt_from_ids, start_ids
+from .prompts import Prompt, pad_right, prompt_from_embeds, prompt_from_ids, start_ids
 from .qformer import Blip2TextEmbeddings
 
 
@@ -133,7 +133,11 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         if qformer_input_ids is not None:
             qformer_outputs = self._question_pass(count, images, qformer_input_ids, qformer_attention_mask, flags)
             queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
-        return self.language_projection(queries.to(self.language_projection.weight.dtype)), vision_outputs, qformer_outputs
+        return (
+            self.language_projection(queries.to(self.language_projection.weight.dtype)),
+            vision_outputs,
+            qformer_outputs,
+        )
 
     def _check_question(self, qformer_input_ids: torch.Tensor | None) -> None:
         takes = self.config.qformer_config.use_qformer_text_input
@@ -157,6 +161,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         flags: dict[str, bool],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Queries and question together; one image per question, or one for all (its keys shared, not copied)."""
+        input_ids, attention_mask = pad_right(input_ids, attention_mask)
         rows = input_ids.shape[0]
         if count not in (1, rows):
             raise ValueError(f"`qformer_input_ids` has {rows} rows for {count} images; give one per image or one image")

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -49,7 +50,7 @@ class CheckpointMixin:
         source = resolve_checkpoint(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
         hub_options = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(k)}
-        raw_config, _ = Blip2Config.get_config_dict(source, **hub_options)
+        raw_config, _ = PreTrainedConfig.get_config_dict(source, **hub_options)  # as it is written in the file
         if not isinstance(config, Blip2Config):
             config = Blip2Config.from_pretrained(source if config is None else config, **hub_options)
             config = _apply_overrides(config, kwargs)
@@ -161,10 +162,12 @@ class CheckpointMixin:
         model, info = cls.from_pretrained(origin, *model_args, config=config, output_loading_info=True, **kwargs)
         own = model.state_dict()
         with safe_open(connector, framework="pt") as file:
-            foreign = [k for k in file.keys() if k not in own or list(own[k].shape) != file.get_slice(k).get_shape()]
+            foreign = [
+                k for k in list(file.keys()) if k not in own or list(own[k].shape) != file.get_slice(k).get_shape()
+            ]
             if foreign:
                 raise ValueError(f"{connector} is not a connector of {cls.__name__} on {origin}: {_some(foreign)}")
-            for key in file.keys():
+            for key in list(file.keys()):
                 own[key].copy_(file.get_tensor(key))
         model.config.connector_of = origin
         return (model, info) if wants_info else model
@@ -172,7 +175,9 @@ class CheckpointMixin:
 
 def _apply_overrides(config: Blip2Config, kwargs: dict[str, Any]) -> Blip2Config:
     """Fields of the config given to `from_pretrained` (as `transformers` does it), validated again."""
-    fields = {key: kwargs.pop(key) for key in list(kwargs) if key in Blip2Config.__dataclass_fields__ and key != "dtype"}
+    fields = {
+        key: kwargs.pop(key) for key in list(kwargs) if key in Blip2Config.__dataclass_fields__ and key != "dtype"
+    }
     if not fields:
         return config
     return Blip2Config.from_dict({**config.to_dict(), **fields, "name_or_path": config._name_or_path})

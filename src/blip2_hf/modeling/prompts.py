@@ -32,14 +32,21 @@ class Prompt:
 
     def packed(self, side: str) -> Prompt:
         """The same rows with all padding moved to one side ("left" or "right"), the order of real tokens kept."""
-        real = self.mask.bool()
-        order = torch.sort(real.int(), dim=1, descending=side == "right", stable=True).indices
+        order = _padding_last(self.mask) if side == "right" else _padding_last(1 - self.mask)
         return Prompt(
             self.embeds.gather(1, order[..., None].expand_as(self.embeds)),
             self.mask.gather(1, order),
             None if self.ids is None else self.ids.gather(1, order),
             self.is_image.gather(1, order),
         )
+
+
+def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids [B, T] and their mask with all padding moved behind the text, where positions count from the start."""
+    if attention_mask is None:
+        return input_ids, None
+    order = _padding_last(attention_mask)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
 def match_rows(image_embeds: torch.Tensor, rows: int) -> torch.Tensor:
@@ -141,6 +148,11 @@ def start_ids(rows: int, queries: int, image_token_id: int | None, text_config, 
     ids = [] if image_token_id is None else [image_token_id] * queries
     ids += [] if start is None else [start]
     return torch.tensor([ids], dtype=torch.long, device=device).expand(rows, -1)
+
+
+def _padding_last(mask: torch.Tensor) -> torch.Tensor:
+    """[B, S]: the positions of each row, those with mask 1 first, otherwise in their order."""
+    return torch.sort(mask.int(), dim=1, descending=True, stable=True).indices
 
 
 def _checked_mask(attention_mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,7 @@ class Blip2TextEmbeddings(nn.Module):
 
     def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(
@@ -182,7 +180,9 @@ class Blip2QFormerLayer(nn.Module):
             hidden states [R, S, D], keys and values of these S positions, the self- and the cross-attention weights.
         """
         key_value = self.attention.attention.key_value(hidden_states)
-        seen = key_value if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, key_value, strict=True))
+        seen = (
+            key_value if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, key_value, strict=True))
+        )
         hidden_states, weights = self.attention(hidden_states, seen, attention_mask, output_attentions)
         cross_weights = None
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]

@@ -14,6 +14,7 @@ from ..outputs import Blip2ImageTextMatchingModelOutput
 from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
+from .prompts import pad_right
 from .qformer import Blip2TextEmbeddings
 
 
@@ -82,7 +83,9 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         return nn.functional.normalize(self.vision_projection(query_output.to(self._head_dtype)), dim=-1)
 
     def _text_vectors(self, outputs: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
-        return nn.functional.normalize(self.text_projection(outputs.last_hidden_state[:, 0].to(self._head_dtype)), dim=-1)
+        return nn.functional.normalize(
+            self.text_projection(outputs.last_hidden_state[:, 0].to(self._head_dtype)), dim=-1
+        )
 
     @property
     def _head_dtype(self) -> torch.dtype:
@@ -92,6 +95,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **flags: bool
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         _check_text(input_ids, attention_mask)
+        input_ids, attention_mask = pad_right(input_ids, attention_mask)
         return self.qformer(self.embeddings(input_ids), query_length=0, attention_mask=attention_mask, **flags)
 
     # -- matching ----------------------------------------------------------------------------------------------------
@@ -130,6 +134,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Queries and text together over the images' keys and values (folded where an image has several texts)."""
         _check_text(input_ids, attention_mask)
+        input_ids, attention_mask = pad_right(input_ids, attention_mask)
         if len(encoded) != input_ids.shape[0]:
             input_ids, attention_mask = _all_pairs(len(encoded), input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -162,7 +167,8 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         Args:
             pixel_values: [N, 3, H, W]; or `image_embeds` [N, P, E] or what `encode_image` returned; or
                 `vision_features` [N, P, E].
-            input_ids: [M, T] of the Q-Former's tokenizer; attention_mask: [M, T], default all real. Where
+            input_ids: [M, T] of the Q-Former's tokenizer; attention_mask: [M, T], default all real. Padding may be on
+                either side (it is moved behind the text, as the position embeddings need it). Where
                 `config.image_token_index` is set, rows begin with Q image placeholders, which are left out.
             use_image_text_matching_head: ITM logits [pairs, 2] (pairs as in `match`) instead of ITC similarities
                 [N, M].
@@ -174,7 +180,9 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         if input_ids is None:
             raise ValueError("`input_ids` must be given, got None")
         flags = {
-            "output_attentions": bool(self.config.output_attentions if output_attentions is None else output_attentions),
+            "output_attentions": bool(
+                self.config.output_attentions if output_attentions is None else output_attentions
+            ),
             "output_hidden_states": bool(
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),

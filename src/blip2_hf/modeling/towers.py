@@ -128,9 +128,7 @@ class Blip2AutoVisionModel(PreTrainedModel):
 def build_vision_model(config: Blip2Config) -> Blip2VisionModel | Blip2AutoVisionModel:
     """The tower that `config` asks for: the EVA ViT, or any other through `AutoModel`."""
     if config.uses_eva_tower:
-        return Blip2VisionModel._from_config(
-            config.vision_config, post_layernorm_eps=config.vision_layernorm_eps
-        )
+        return Blip2VisionModel._from_config(config.vision_config, post_layernorm_eps=config.vision_layernorm_eps)
     return Blip2AutoVisionModel(config)
 
 
