@@ -64,9 +64,7 @@ def test_public_names_pull_in_no_optional_library() -> None:
 @pytest.mark.parametrize("name", ["Blip2Config", "Blip2VisionConfig", "Blip2QFormerConfig"])
 def test_configs_do_not_load_models(name: str) -> None:
     (added,) = modules_added_by(f"from blip2_hf import {name}")
-    assert not any(
-        module.startswith(("blip2_hf.modeling", "transformers.modeling_utils")) for module in added
-    )
+    assert not any(module.startswith(("blip2_hf.modeling", "transformers.modeling_utils")) for module in added)
 
 
 @pytest.mark.parametrize("name", blip2_hf.__all__)

@@ -9,13 +9,15 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration import Blip2Config
+from ..hub import HubModelMixin
 from .encoded import EncodedImages
 from .loading import CheckpointMixin
 from .qformer import Blip2QFormerModel
 from .towers import build_vision_model
+from .vision import normalise
 
 
-class Blip2PreTrainedModel(CheckpointMixin, PreTrainedModel):
+class Blip2PreTrainedModel(HubModelMixin, CheckpointMixin, PreTrainedModel):
     """Base class: `vision_model`, `query_tokens` [1, Q, D] and `qformer`.
 
     The tower's `post_layernorm` (the original's `ln_vision`) belongs to what is trained, also while the tower is
@@ -30,7 +32,7 @@ class Blip2PreTrainedModel(CheckpointMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # In half precision the Q-Former stays float32, as in the original code and in `transformers`.
+    # In float16 the Q-Former stays float32, as in the original code and in `transformers`.
     _keep_in_fp32_modules = ["query_tokens", "qformer"]
     _skip_keys_device_placement = ["past_key_values"]
 
@@ -108,7 +110,7 @@ class Blip2PreTrainedModel(CheckpointMixin, PreTrainedModel):
         if features.ndim != 3 or features.shape[-1] != width:
             raise ValueError(f"`{names[0]}` must have shape [images, tokens, {width}], got {tuple(features.shape)}")
         if vision_features is not None:
-            features = self.vision_model.post_layernorm(vision_features)
+            features = normalise(self.vision_model.post_layernorm, vision_features)
         return BaseModelOutput(last_hidden_state=features)
 
     def _query_pass(
