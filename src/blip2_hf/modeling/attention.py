@@ -54,10 +54,7 @@ def attend(
     if not output_attentions and implementation not in (None, "eager"):
         kernel = ALL_ATTENTION_FUNCTIONS[implementation]
         if implementation == "flex_attention" and attention_mask is not None:
-            # flex takes an additive mask of one value per (row, query, key)
-            allowed = attention_mask.expand(-1, -1, query.shape[-2], -1)
-            attention_mask = torch.zeros_like(allowed, dtype=query.dtype)
-            attention_mask = attention_mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
+            attention_mask = _block_mask(attention_mask, query.shape[2], key.shape[2])
     output, weights = kernel(
         module,
         query,
@@ -70,12 +67,32 @@ def attend(
     return output.flatten(2), weights if output_attentions else None
 
 
+def _block_mask(mask: torch.Tensor, queries: int, keys: int) -> Any:
+    """A boolean mask as flex attention's own kind. (A tensor of additive scores makes its CPU kernel read beyond the
+    tensor's end, and the process dies.)"""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, heads = mask.shape[:2]
+    allowed = mask.expand(-1, -1, queries, keys)
+
+    def may_attend(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return allowed[b, h if heads > 1 else 0, q, k]
+
+    return create_block_mask(may_attend, batch, heads if heads > 1 else None, queries, keys, device=str(mask.device))
+
+
 def run_block(stack: nn.Module, block: nn.Module, *args: Any) -> Any:
     """Calls `block(*args)`, under gradient checkpointing where `gradient_checkpointing_enable()` set it on `stack`.
 
     Blocks are functions of their arguments (caches are written outside of them), so that the second run in the
     backward pass changes nothing.
+
+    Raises:
+        ValueError: for reentrant checkpointing, which does not see keys and values inside tuples: their gradients
+            would be lost.
     """
     if stack.gradient_checkpointing and stack.training:
+        if getattr(stack._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError('`gradient_checkpointing_kwargs` must have "use_reentrant" False, got True')
         return stack._gradient_checkpointing_func(block.__call__, *args)
     return block(*args)

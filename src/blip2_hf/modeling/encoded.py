@@ -35,12 +35,10 @@ class EncodedImages:
         Raises:
             IndexError: if an image does not exist.
         """
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"image {index} of {len(self)}")
-            index = [index]
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=self.image_embeds.device)
+            index = torch.atleast_1d(torch.as_tensor(index))
+            if index.dtype != torch.bool and not ((index >= -len(self)) & (index < len(self))).all():
+                raise IndexError(f"there are {len(self)} images, got {index.tolist()}")
         return self._map(lambda tensor: tensor[index.to(tensor.device) if torch.is_tensor(index) else index])
 
     def to(self, *args, **kwargs) -> EncodedImages:

@@ -5,12 +5,14 @@ Shapes: N images, B rows of text, Q queries, P image tokens, S positions of the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -20,7 +22,7 @@ from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
 from .prefill import can_prefill_once, position_arguments, prefill_causal, prefill_seq2seq
-from .prompts import Prompt, pad_right, prompt_from_embeds, prompt_from_ids, start_ids
+from .prompts import Prompt, pad_right, prompt_behind_ids, prompt_from_embeds, prompt_from_ids, start_ids
 from .qformer import Blip2TextEmbeddings
 
 
@@ -273,12 +275,18 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _causal(self, prompt: Prompt, labels: torch.Tensor | None, num_items_in_batch, flags: dict):
+        # A gap would count as distance where the model slides a window, and predict the token behind it.
+        order = prompt.closing_order()
+        prompt = prompt if order is None else prompt.reordered(order)
         outputs = self.language_model(
             inputs_embeds=prompt.embeds,
             attention_mask=prompt.mask,
             **position_arguments(self.language_model, prompt.position_ids()),
             **flags,
         )
+        logits = outputs.logits
+        if order is not None:
+            outputs.logits = logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))
         if labels is None:
             return None, outputs
         queries = self.config.num_query_tokens
@@ -286,9 +294,9 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
             labels = nn.functional.pad(labels, (queries, 0), value=-100)  # the images were put before the text
         if labels.shape != prompt.mask.shape:
             raise ValueError(f"`labels` must have the shape of the tokens, got {tuple(labels.shape)}")
+        labels = labels if order is None else labels.gather(1, order.to(labels.device))
         untaught = prompt.is_image | (prompt.mask == 0)
         labels = labels.masked_fill(untaught.to(labels.device), -100)
-        logits = outputs.logits
         loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
         return loss, outputs
 
@@ -377,7 +385,15 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
                 prompt_arguments["input_ids"] = prompt.ids
             if prefill:
                 prompt_arguments |= prefill_causal(self.language_model, prompt, generation_config)
-        outputs = self.language_model.generate(generation_config=generation_config, **prompt_arguments, **options)
+        in_place = contextlib.nullcontext()
+        mode = generation_config.get_generation_mode(options.get("assistant_model"))
+        if mode == GenerationMode.ASSISTED_GENERATION and not self.config.is_encoder_decoder:
+            if prompt.ids is None:
+                raise ValueError("`input_ids` must be given for assisted generation, got `inputs_embeds` alone")
+            del prompt_arguments["inputs_embeds"]
+            in_place = prompt_behind_ids(prompt, self.get_input_embeddings())
+        with in_place:
+            outputs = self.language_model.generate(generation_config=generation_config, **prompt_arguments, **options)
         if self.config.is_encoder_decoder or given.ids is None:
             return outputs
         return self._with_given_prompt(outputs, given.ids)

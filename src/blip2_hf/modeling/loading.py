@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -21,6 +22,10 @@ from ..configuration import Blip2Config
 logger = logging.get_logger(__name__)
 
 CONNECTOR_NAME = "connector.safetensors"
+
+_MODEL_TYPES = ("blip-2", "instructblip")
+# Options of `from_pretrained` that say where files come from.
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 # InstructBLIP in `transformers` (Q-Former embeddings inside the Q-Former) -> ours, as regular expressions.
 _INSTRUCTBLIP_KEYS = {
@@ -44,40 +49,46 @@ class CheckpointMixin:
         InstructBLIP folders of `transformers` (for the question-conditioned model), connector-only folders.
 
         Raises:
-            ValueError: if a file is truncated or not safetensors (naming it), or if its keys are not those of this
-                model (naming them).
+            ValueError: if a file is truncated or not safetensors (naming it), or if its keys or their shapes are not
+                those of this model (naming them).
         """
         source = resolve_checkpoint(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
-        hub_options = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(k)}
+        hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name)}
         raw_config, _ = PreTrainedConfig.get_config_dict(source, **hub_options)  # as it is written in the file
-        if not isinstance(config, Blip2Config):
-            config = Blip2Config.from_pretrained(source if config is None else config, **hub_options)
-            config = _apply_overrides(config, kwargs)
+        if config is None:
+            _check_model_type(source, raw_config)
+        config = _as_config(source if config is None else config, kwargs, hub_options)
         if raw_config.get("connector_of"):
             return cls._from_connector(source, config, wants_info, hub_options, *model_args, **kwargs)
         _check_files(source, kwargs.get("variant"))
         if raw_config.get("model_type") == "instructblip" and "key_mapping" not in kwargs:
             kwargs["key_mapping"] = dict(_INSTRUCTBLIP_KEYS)
+        # Other shapes are let through here, for `_check_keys` to name them.
+        other_shapes_allowed = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
-                source, *model_args, config=config, output_loading_info=True, **kwargs
+                source, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{source} is not a checkpoint of this {cls.__name__}: {error}") from error
+        except SafetensorError as error:
+            raise ValueError(f"{source} is not a checkpoint of {cls.__name__}: {error}") from error
         _forget_key_mapping(model, kwargs.get("key_mapping"))
-        cls._check_keys(source, info)
+        cls._check_keys(source, info, other_shapes_allowed)
         return (model, info) if wants_info else model
 
     @classmethod
-    def _check_keys(cls, source: str, info: dict[str, Any]) -> None:
+    def _check_keys(cls, source: str, info: dict[str, Any], other_shapes_allowed: bool) -> None:
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         new = {key for key in missing if any(re.match(pattern, key) for pattern in cls._optional_keys)}
-        problems = [
-            f"{len(keys)} {what} keys: {_some(keys)}"
-            for what, keys in (("missing", missing - new), ("unexpected", unexpected))
-            if keys
-        ]
+        other = (
+            set()
+            if other_shapes_allowed
+            else {
+                f"{key} {list(found)} instead of {list(expected)}" for key, found, expected in info["mismatched_keys"]
+            }
+        )
+        kinds = {"missing keys": missing - new, "unexpected keys": unexpected, "keys of another shape": other}
+        problems = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
         if problems:
             raise ValueError(f"{source} is not a checkpoint of {cls.__name__}: {'; '.join(problems)}")
         if new:
@@ -114,20 +125,15 @@ class CheckpointMixin:
         if not origin:
             raise ValueError(
                 "`connector_only=True` needs to know where the frozen parts came from, but this model was not loaded "
-                "with `from_pretrained`; save it in full once"
+                "with `from_pretrained`; save it in full once and load it from there"
             )
-        if os.path.isdir(origin) and folder.exists() and os.path.samefile(origin, folder):
-            raise ValueError(f"`save_directory` {folder} holds the full checkpoint the frozen parts come from")
-        omitted = {
-            name
-            for part, parameters in self._backbones().items()
-            if part not in self._trained_parts
-            for name, _ in parameters
-        }
+        if os.path.isdir(origin):
+            if folder.exists() and os.path.samefile(origin, folder):
+                raise ValueError(f"`save_directory` {folder} holds the full checkpoint the frozen parts come from")
+            origin = os.path.abspath(origin)  # it must be found from another working directory, too
         state_dict = self.state_dict() if state_dict is None else state_dict
-        tied = set(getattr(self, "all_tied_weights_keys", None) or ())
-        tensors = {k: v.contiguous() for k, v in state_dict.items() if k not in omitted and k not in tied}
-        tensors = {k: v for k, v in tensors.items() if not self._is_backbone_buffer(k)}
+        keys = self._connector_keys(state_dict, self._trained_parts)
+        tensors = {key: state_dict[key].contiguous() for key in keys}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / CONNECTOR_NAME, metadata={"format": "pt"})
         previous, self.config.connector_of = getattr(self.config, "connector_of", None), os.fspath(origin)
@@ -139,48 +145,87 @@ class CheckpointMixin:
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
 
-    def _is_backbone_buffer(self, key: str) -> bool:
-        """Persistent buffers of a part that is left out come with its own checkpoint."""
-        part = key.split(".")[0]
-        if part not in self._backbones() or part in self._trained_parts:
-            return False
-        return any(key == f"{part}.{name}" for name, _ in getattr(self, part).named_buffers())
+    def _connector_keys(self, keys: Iterable[str], parts: set[str]) -> list[str]:
+        """Of these state-dict keys, those that a connector with the backbones `parts` holds.
+
+        What is left out: weights that are tied to others, and the other backbones with their buffers.
+        """
+        left_out = set(getattr(self, "all_tied_weights_keys", None) or ())
+        for part, parameters in self._backbones().items():
+            if part not in parts:
+                left_out |= {name for name, _ in parameters}
+                left_out |= {f"{part}.{name}" for name, _ in getattr(self, part).named_buffers()}
+        return [key for key in keys if key not in left_out]
 
     @classmethod
     def _from_connector(cls, source, config, wants_info, hub_options, *model_args, **kwargs):
         origin = config.connector_of
-        connector = cached_file(source, CONNECTOR_NAME, **hub_options)
-        _check_safetensors(Path(connector))
+        connector = Path(source, kwargs.get("subfolder") or "", CONNECTOR_NAME)
+        if not connector.exists():
+            if os.path.isdir(source):
+                raise ValueError(f"{connector} is missing, config.json names it as a connector of {origin}")
+            connector = Path(cached_file(source, CONNECTOR_NAME, **hub_options))
+        _check_safetensors(connector)
         for option in ("revision", "subfolder"):  # those of the connector, not of the checkpoint it belongs to
             kwargs.pop(option, None)
-        base = Blip2Config.from_pretrained(origin)
-        if base.text_config.to_dict().get("vocab_size") != config.text_config.to_dict().get("vocab_size"):
-            raise ValueError(
-                f"{connector} belongs to a language model of {config.text_config.vocab_size} tokens, its base "
-                f"checkpoint {origin} has {base.text_config.vocab_size}"
-            )
+            hub_options.pop(option, None)
+        try:
+            base = Blip2Config.from_pretrained(origin, **hub_options)
+        except OSError as error:
+            raise ValueError(f"{connector} belongs to {origin}, which cannot be loaded: {error}") from error
+        if base.connector_of:
+            raise ValueError(f"{connector} belongs to {origin}, which is not a full checkpoint but a connector, too")
+        size, base_size = (part.text_config.get_text_config().vocab_size for part in (config, base))
+        if size != base_size:  # the embeddings were resized; those of the base are loaded first
+            config = copy.deepcopy(config)
+            config.text_config.get_text_config().vocab_size = base_size
         model, info = cls.from_pretrained(origin, *model_args, config=config, output_loading_info=True, **kwargs)
-        own = model.state_dict()
         with safe_open(connector, framework="pt") as file:
-            foreign = [
-                k for k in list(file.keys()) if k not in own or list(own[k].shape) != file.get_slice(k).get_shape()
-            ]
-            if foreign:
-                raise ValueError(f"{connector} is not a connector of {cls.__name__} on {origin}: {_some(foreign)}")
-            for key in list(file.keys()):
+            stored = set(file.keys())
+            parts = {
+                part for part, weights in model._backbones().items() if not stored.isdisjoint(n for n, _ in weights)
+            }
+            if size != base_size and "language_model" in parts:
+                model.resize_token_embeddings(size, mean_resizing=False)
+            own = model.state_dict()
+            missing = set(model._connector_keys(own, parts)) - stored
+            foreign = [k for k in stored if k not in own or list(own[k].shape) != file.get_slice(k).get_shape()]
+            kinds = {"missing keys": missing, "unexpected keys or shapes": foreign}
+            problems = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
+            if problems:
+                raise ValueError(f"{connector} is no connector of {cls.__name__} on {origin}: {'; '.join(problems)}")
+            if offloaded := [key for key in stored if own[key].is_meta]:
+                raise ValueError(f"`device_map` must not offload what {connector} holds: {_some(offloaded)}")
+            for key in stored:
                 own[key].copy_(file.get_tensor(key))
         model.config.connector_of = origin
         return (model, info) if wants_info else model
 
 
-def _apply_overrides(config: Blip2Config, kwargs: dict[str, Any]) -> Blip2Config:
-    """Fields of the config given to `from_pretrained` (as `transformers` does it), validated again."""
-    fields = {
-        key: kwargs.pop(key) for key in list(kwargs) if key in Blip2Config.__dataclass_fields__ and key != "dtype"
-    }
+def _check_model_type(source: str, raw_config: dict[str, Any]) -> None:
+    found = raw_config.get("model_type")
+    if found not in _MODEL_TYPES:
+        kind = f"model_type {found!r}" if raw_config else "no config.json"
+        raise ValueError(f"{source} is not a BLIP-2 checkpoint: it has {kind}, expected {' or '.join(_MODEL_TYPES)}")
+
+
+def _as_config(given: Any, kwargs: dict[str, Any], hub_options: dict[str, Any]) -> Blip2Config:
+    """`config` of `from_pretrained`: an object, a dictionary, or where to read it from (then fields may be given too,
+    as `transformers` takes them; they are removed from `kwargs`, and validated)."""
+    if isinstance(given, Blip2Config):
+        return given
+    if isinstance(given, dict | PreTrainedConfig):
+        return Blip2Config.from_dict(given if isinstance(given, dict) else given.to_dict())
+    config = Blip2Config.from_pretrained(given, **hub_options)
+    known = {*Blip2Config.__dataclass_fields__, "output_attentions"} - {"dtype"}
+    fields = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
     if not fields:
         return config
-    return Blip2Config.from_dict({**config.to_dict(), **fields, "name_or_path": config._name_or_path})
+    whole = config.to_dict()
+    for key in config.sub_configs:  # some fields of a part leave its others as they are
+        if isinstance(fields.get(key), dict):
+            fields[key] = {**whole[key], **fields[key]}
+    return Blip2Config.from_dict({**whole, **fields, "name_or_path": config._name_or_path})
 
 
 def _forget_key_mapping(model, key_mapping: dict[str, str] | None) -> None:
@@ -200,7 +245,10 @@ def _check_files(source: str, variant: str | None) -> None:
     index = folder / f"model.safetensors.index{suffix}.json"
     files = [folder / f"model{suffix}.safetensors"]
     if not files[0].exists() and index.exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weight files: {error}") from error
     for file in files:
         if file.exists():
             _check_safetensors(file)

@@ -1,7 +1,7 @@
 """Generation whose prompt is computed once per row, not once per beam or sample.
 
 `GenerationMixin` repeats the prompt for every beam before its first forward pass. Here the language model reads the
-prompt first, and what is repeated is the cache of keys and values.
+prompt first, and the sequences of a row share its keys and values (`beam_cache`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import PreTrainedModel
 
+from .beam_cache import share_prompt
 from .prompts import Prompt
 
 # Options with which `generate` runs the prompt in a way of its own.
@@ -32,10 +33,14 @@ def can_prefill_once(model: PreTrainedModel, config: GenerationConfig, options: 
         and config.cache_implementation is None
         and config.prefill_chunk_size is None
         and config.prompt_lookup_num_tokens is None
+        # these look at the encoder's input, of which `generate` sees nothing behind given encoder outputs
+        and config.encoder_repetition_penalty in (None, 1.0)
+        and not config.encoder_no_repeat_ngram_size
         and not config.output_attentions
         and not config.output_hidden_states
         and not any(options.get(name) is not None for name in _OWN_PREFILL)
         and model._supports_default_dynamic_cache()
+        and not model._is_stateful  # the state of a linear attention cannot be repeated
     )
 
 
@@ -54,7 +59,7 @@ def prefill_causal(model: PreTrainedModel, prompt: Prompt, config: GenerationCon
         use_cache=True,
         **position_arguments(model, prompt.position_ids()[:, :-1]),
     )
-    _repeat(cache, repeats(config))
+    share_prompt(cache, repeats(config), room=min(config.max_new_tokens or 32, 128))
     return {"past_key_values": cache}
 
 
@@ -63,7 +68,7 @@ def prefill_seq2seq(model: PreTrainedModel, prompt: Prompt, config: GenerationCo
     of it for every beam."""
     encoded = model.get_encoder()(inputs_embeds=prompt.embeds, attention_mask=prompt.mask, return_dict=True)
     decoder_config = model.config.get_text_config(decoder=True)
-    cross = DynamicCache(config=decoder_config)
+    cross = DynamicCache()  # not of the config: a sliding window of the decoder is not one over the encoder
     # One decoder step on any token fills the cross-attention part; its self-attention part is thrown away.
     model(
         encoder_outputs=encoded,
@@ -72,7 +77,7 @@ def prefill_seq2seq(model: PreTrainedModel, prompt: Prompt, config: GenerationCo
         past_key_values=EncoderDecoderCache(DynamicCache(config=decoder_config), cross),
         use_cache=True,
     )
-    _repeat(cross, repeats(config))
+    share_prompt(cross, repeats(config))
     return {
         "encoder_outputs": encoded,
         "past_key_values": EncoderDecoderCache(DynamicCache(config=decoder_config), cross),
@@ -84,7 +89,3 @@ def position_arguments(model: PreTrainedModel, position_ids: torch.Tensor) -> di
     import inspect
 
     return {"position_ids": position_ids} if "position_ids" in inspect.signature(model.forward).parameters else {}
-
-
-def _repeat(cache: Cache, times: int) -> None:
-    cache.batch_repeat_interleave(times)

@@ -5,6 +5,8 @@ Shapes: B rows, Q image positions, S positions in all, W width of the language m
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +34,18 @@ class Prompt:
 
     def packed(self, side: str) -> Prompt:
         """The same rows with all padding moved to one side ("left" or "right"), the order of real tokens kept."""
-        order = _padding_last(self.mask) if side == "right" else _padding_last(1 - self.mask)
+        return self.reordered(_padding_last(self.mask) if side == "right" else _padding_last(1 - self.mask))
+
+    def closing_order(self) -> torch.Tensor | None:
+        """[B, S] order of the positions that moves all padding to the left, None if no row has padding between real
+        tokens (as `transformers`' processor puts it between the image and a short text)."""
+        if torch.compiler.is_compiling():  # the mask has values, which a compiled graph cannot look at
+            return None
+        blocks = self.mask[:, 0] + (self.mask.diff(dim=1) > 0).sum(dim=1)
+        return _padding_last(1 - self.mask) if (blocks > 1).any() else None
+
+    def reordered(self, order: torch.Tensor) -> Prompt:
+        """The same rows with the positions in this order [B, S]."""
         return Prompt(
             self.embeds.gather(1, order[..., None].expand_as(self.embeds)),
             self.mask.gather(1, order),
@@ -47,6 +60,36 @@ def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> t
         return input_ids, None
     order = _padding_last(attention_mask)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+@contextlib.contextmanager
+def prompt_behind_ids(prompt: Prompt, embedding: torch.nn.Module) -> Iterator[None]:
+    """While active, `embedding` gives the prompt's embeddings, images in place, wherever ids start with the prompt's.
+
+    Assisted generation needs it: on `inputs_embeds` its first step reads the prompt without the candidates behind it
+    and takes the prompt's last logits for theirs (seen in transformers 5.17 to 5.23).
+    """
+    length = prompt.ids.shape[1]
+    known = prompt.ids.masked_fill(prompt.is_image, 0)  # the placeholder may lie outside of the vocabulary
+
+    def starts_with(start: torch.Tensor, ids: torch.Tensor) -> bool:
+        return ids.shape[:1] == start.shape[:1] and ids.shape[1] >= length and torch.equal(ids[:, :length], start)
+
+    def hide_placeholders(module, args):
+        ids = args[0]
+        return (torch.cat([known, ids[:, length:]], dim=1), *args[1:]) if starts_with(prompt.ids, ids) else None
+
+    def put_images(module, args, output):
+        if not starts_with(known, args[0]):
+            return None
+        return torch.cat([prompt.embeds.to(output.dtype), output[:, length:]], dim=1)
+
+    hooks = embedding.register_forward_pre_hook(hide_placeholders), embedding.register_forward_hook(put_images)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def match_rows(image_embeds: torch.Tensor, rows: int) -> torch.Tensor:
@@ -94,7 +137,7 @@ def prompt_from_ids(
         prompt.ids = torch.cat([filler, input_ids], dim=1)
         return prompt
     is_image = input_ids == image_token_id
-    _check_count(is_image, images.shape[1], image_token_id, "input_ids")
+    _check_placeholders(is_image, mask, images.shape[1], image_token_id, "input_ids")
     # The placeholder may lie outside of the vocabulary of a language model whose embeddings stay as they were.
     embeds = embedding(input_ids.masked_fill(is_image, 0))
     return Prompt(_scatter(images, embeds, is_image), mask, input_ids, is_image)
@@ -132,7 +175,7 @@ def prompt_from_embeds(
     else:
         placeholder = embedding(torch.full((1,), image_token_id, dtype=torch.long, device=inputs_embeds.device))
         is_image = (inputs_embeds == placeholder).all(dim=-1)
-    _check_count(is_image, images.shape[1], image_token_id, "inputs_embeds")
+    _check_placeholders(is_image, mask, images.shape[1], image_token_id, "inputs_embeds")
     return Prompt(_scatter(images, inputs_embeds, is_image), mask, input_ids, is_image)
 
 
@@ -165,7 +208,9 @@ def _checked_mask(attention_mask: torch.Tensor | None, like: torch.Tensor) -> to
     return attention_mask.long()
 
 
-def _check_count(is_image: torch.Tensor, queries: int, image_token_id: int, argument: str) -> None:
+def _check_placeholders(
+    is_image: torch.Tensor, mask: torch.Tensor, queries: int, image_token_id: int, argument: str
+) -> None:
     if torch.compiler.is_compiling():  # the counts are values, which a compiled graph cannot look at
         return
     counts = is_image.sum(dim=1)
@@ -174,6 +219,8 @@ def _check_count(is_image: torch.Tensor, queries: int, image_token_id: int, argu
             f"`{argument}` must have {queries} image placeholders (token {image_token_id}) in every row, got "
             f"{counts.tolist()}; `Blip2Processor` inserts them when it is given images and text"
         )
+    if (is_image & (mask == 0)).any():
+        raise ValueError("`attention_mask` must be 1 at the image placeholders, got 0: the image would not be seen")
 
 
 def _scatter(images: torch.Tensor, embeds: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [R, N, D] against keys of B images; row i belongs to image i // (R / B)."""
         query = self._heads(self.query(hidden_states))
+        key_value = tuple(states.to(query.dtype) for states in key_value)  # cached ones may be in half precision
         rows, images = query.shape[0], key_value[0].shape[0]
         if rows == images:
             return attend(self, query, *key_value, attention_mask, output_attentions)
@@ -343,7 +344,7 @@ class Blip2QFormerModel(PreTrainedModel):
             ValueError: for text without a text branch, shapes that do not fit, or missing image features.
         """
         query_length = query_embeds.shape[1] if query_length is None else query_length
-        self._check(query_embeds, query_length, encoder_hidden_states, past_key_values)
+        self._check(query_embeds, query_length, encoder_hidden_states, past_key_values, attention_mask)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -372,22 +373,40 @@ class Blip2QFormerModel(PreTrainedModel):
         query_embeds: torch.Tensor,
         query_length: int,
         encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None,
+        cache: EncoderDecoderCache | None,
+        attention_mask: torch.Tensor | None,
     ) -> None:
         rows, positions, _ = query_embeds.shape
-        if not 0 <= query_length <= positions:
+        if not positions or not 0 <= query_length <= positions:
             raise ValueError(f"`query_length` must be in 0 … {positions} (positions given), got {query_length}")
         if query_length < positions and not self.config.use_qformer_text_input:
             raise ValueError(
                 f"`query_embeds` has {positions - query_length} text positions behind {query_length} queries, but "
                 "this Q-Former has no text branch (`use_qformer_text_input` is False)"
             )
-        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
-            raise ValueError(f"`past_key_values` must be an EncoderDecoderCache, got {type(past_key_values).__name__}")
-        if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            raise ValueError(f"`past_key_values` must be an EncoderDecoderCache, got {type(cache).__name__}")
+        past = _past(cache, 0)
+        if past is not None and past[0].shape[0] != rows:
             raise ValueError(
-                f"`encoder_hidden_states` has {encoder_hidden_states.shape[0]} images for {rows} rows of "
-                "`query_embeds`; the rows must be a multiple of the images"
+                f"`past_key_values` has earlier positions of {past[0].shape[0]} rows, `query_embeds` has {rows} rows"
+            )
+        if query_length and cache is not None and cache.is_updated.get(0):
+            images, source = cache.cross_attention_cache.layers[0].keys.shape[0], "past_key_values"
+        elif query_length and encoder_hidden_states is not None:
+            images, source = encoder_hidden_states.shape[0], "encoder_hidden_states"
+        else:
+            images, source = rows, ""
+        if not images or rows % images:
+            raise ValueError(
+                f"`{source}` has {images} images for {rows} rows of `query_embeds`; the rows must be a multiple of "
+                "the images"
+            )
+        seen = positions + (0 if past is None else past[0].shape[2])
+        if attention_mask is not None and attention_mask.shape[-1] != seen:
+            raise ValueError(
+                f"`attention_mask` must cover the {seen} positions seen ({seen - positions} of them cached), got "
+                f"shape {tuple(attention_mask.shape)}"
             )
 
 

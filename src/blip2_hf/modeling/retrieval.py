@@ -68,8 +68,12 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         """[pairs, Q, D]: the queries after seeing image and text (pairs as in `match`)."""
-        encoded = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
-        outputs = self._multimodal_pass(encoded, input_ids, attention_mask)
+        if isinstance(image_embeds, EncodedImages):
+            images = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+        else:  # a single pass needs no cache, and none of the queries alone
+            features = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+            images = features.last_hidden_state
+        outputs = self._multimodal_pass(images, input_ids, attention_mask)
         return outputs.last_hidden_state[:, : self.config.num_query_tokens]
 
     def _encoded(self, pixel_values, image_embeds, vision_features, interpolate_pos_encoding) -> EncodedImages:
@@ -118,7 +122,8 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         self, encoded: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """ITM logits of every image with every text, [N, M, 2]; arguments as in `match`."""
-        outputs = self._multimodal_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask))
+        _check_text(input_ids, attention_mask)
+        outputs = self._pair_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask))
         return self._match_logits(outputs).unflatten(0, (len(encoded), -1))
 
     def _match_logits(self, outputs: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
@@ -127,23 +132,38 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
 
     def _multimodal_pass(
         self,
-        encoded: EncodedImages,
+        images: EncodedImages | torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Queries and text together over the images' keys and values (folded where an image has several texts)."""
+        """Pairs, if there are as many images as texts, else every image with every text."""
         _check_text(input_ids, attention_mask)
+        if len(images) != input_ids.shape[0]:
+            input_ids, attention_mask = _all_pairs(len(images), input_ids, attention_mask)
+        return self._pair_pass(images, input_ids, attention_mask, **flags)
+
+    def _pair_pass(
+        self,
+        images: EncodedImages | torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **flags: bool,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Queries and text together over the images' features, or their keys and values. Where an image has several
+        texts, they are next to each other and share its keys (see `Blip2QFormerModel.forward`)."""
         input_ids, attention_mask = pad_right(input_ids, attention_mask)
-        if len(encoded) != input_ids.shape[0]:
-            input_ids, attention_mask = _all_pairs(len(encoded), input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         queries = self.query_tokens.expand(input_ids.shape[0], -1, -1)
+        if isinstance(images, EncodedImages):
+            source = {"past_key_values": images.image_cache()}
+        else:
+            source = {"encoder_hidden_states": images}
         return self.qformer(
             self.embeddings(input_ids, query_embeds=queries),
             query_length=queries.shape[1],
             attention_mask=matching_mask(queries.shape[1], mask),
-            past_key_values=encoded.image_cache(),
+            **source,
             **flags,
         )
 
@@ -188,22 +208,22 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             ),
         }
         input_ids, attention_mask = self._without_placeholders(input_ids, attention_mask)
-        vision_outputs = None
+        vision_outputs, queries = None, None
         if isinstance(image_embeds, EncodedImages):
-            encoded = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+            images = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+            features, queries = images.image_embeds, images.query_output
         else:
-            features = self._image_features(
-                pixel_values, image_embeds, vision_features, interpolate_pos_encoding, **flags
-            )
-            vision_outputs = features if pixel_values is not None else None
-            encoded = self.encode_image(image_embeds=features.last_hidden_state)
+            tower = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding, **flags)
+            vision_outputs = tower if pixel_values is not None else None
+            images = features = tower.last_hidden_state
         if use_image_text_matching_head:
-            outputs = self._multimodal_pass(encoded, input_ids, attention_mask, **flags)
+            outputs = self._multimodal_pass(images, input_ids, attention_mask, **flags)
             per_image = self._match_logits(outputs)
-            image_vectors, text_vectors = encoded.image_embeds, outputs.last_hidden_state
+            image_vectors, text_vectors = features, outputs.last_hidden_state
         else:
+            queries = self._query_pass(features).last_hidden_state if queries is None else queries
             outputs = self._text_pass(input_ids, attention_mask, **flags)
-            image_vectors, text_vectors = self._image_vectors(encoded.query_output), self._text_vectors(outputs)
+            image_vectors, text_vectors = self._image_vectors(queries), self._text_vectors(outputs)
             per_image = torch.einsum("nqd,md->nqm", image_vectors, text_vectors).amax(dim=1)
         result = Blip2ImageTextMatchingModelOutput(
             logits_per_image=per_image,
@@ -220,7 +240,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text alone: some published processors put image placeholders before it, which this model does not need."""
         token = self.config.image_token_index
-        if token is None or torch.compiler.is_compiling() or not (input_ids == token).any():
+        if token is None or not (input_ids == token).any():
             return input_ids, attention_mask
         queries = self.config.num_query_tokens
         if not (input_ids[:, :queries] == token).all() or (input_ids[:, queries:] == token).any():

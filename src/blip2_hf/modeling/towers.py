@@ -105,6 +105,11 @@ class Blip2AutoVisionModel(PreTrainedModel):
         if self._taps:
             tap = self.tower.get_submodule(self._layers_name)[-1]
             features, tap.features = tap.features, None
+        if features.ndim != 3 or features.shape[0] != pixel_values.shape[0]:
+            raise ValueError(
+                f"`vision_config` of model_type {config.model_type!r} is not a tower that can be used: its features "
+                f"of {pixel_values.shape[0]} images have shape {tuple(features.shape)}, not [images, tokens, width]"
+            )
         return BaseModelOutput(
             last_hidden_state=features,
             hidden_states=outputs.hidden_states if output_hidden_states else None,

@@ -226,8 +226,13 @@ class Blip2VisionModel(PreTrainedModel):
             bool(config.output_attentions if output_attentions is None else output_attentions),
             bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
         )
-        outputs.last_hidden_state = self.post_layernorm(outputs.last_hidden_state)
+        outputs.last_hidden_state = normalise(self.post_layernorm, outputs.last_hidden_state)
         return outputs if return_dict is not False else outputs.to_tuple()
+
+
+def normalise(norm: nn.LayerNorm, features: torch.Tensor) -> torch.Tensor:
+    """`norm` in its own precision: that of training (float32), also where the frozen tower is in half precision."""
+    return norm(features.to(norm.weight.dtype))
 
 
 def check_pixel_values(

@@ -1,0 +1,76 @@
+"""A cache for several sequences per row (beams, samples) that start with the same prompt.
+
+The sequences of a row share the prompt's keys and values, so exchanging beams moves only those of the generated
+tokens; and new ones are written in place instead of copying everything at each step.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class SharedPromptLayer(DynamicLayer):
+    """Keys and values [rows * times, heads, prompt + generated, d] of one layer."""
+
+    def __init__(self, prompt: DynamicLayer, times: int, room: int = 0):
+        """
+        Args:
+            prompt: a filled layer of `rows`, the prompt's keys and values.
+            times: sequences per row; those of a row are next to each other.
+            room: generated tokens to have room for at once; for more, everything moves to a larger buffer.
+        """
+        super().__init__()
+        self.prompt_length = prompt.get_seq_length()
+        self.lazy_initialization(prompt.keys, prompt.values)
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.keys, self.values = (states.repeat_interleave(times, dim=0) for states in (prompt.keys, prompt.values))
+        self._reserve(room)
+
+    def _reserve(self, room: int) -> None:
+        """Moves the keys and values into new buffers with room for more."""
+        length = self.keys.shape[2]
+        buffers = []
+        for states in (self.keys, self.values):
+            buffer = states.new_empty(*states.shape[:2], length + room, states.shape[3])
+            buffer[:, :, :length] = states
+            buffers.append(buffer)
+        self._buffers = tuple(buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in buffers)
+
+    def _has_room(self, new: int) -> bool:
+        """Whether keys and values lie in the buffers (others may have replaced them) with room behind them."""
+        buffer = self._buffers[0]
+        same = self.keys.data_ptr() == buffer.data_ptr() and self.keys.shape[0] == buffer.shape[0]
+        return same and self.keys.shape[2] + new <= buffer.shape[2]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [rows * times, heads, N, d] and returns everything so far."""
+        length, new = self.keys.shape[2], key_states.shape[2]
+        if not self._has_room(new):
+            self._reserve(length + new)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length : length + new] = states
+        self.keys, self.values = (buffer[:, :, : length + new] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beams change places within their row, so the prompt stays where it is."""
+        for states in (self.keys, self.values):
+            generated = states[:, :, self.prompt_length :]
+            if generated.shape[2]:
+                generated.copy_(generated.index_select(0, beam_idx.to(generated.device)))
+
+
+def share_prompt(cache: Cache, times: int, room: int = 0) -> None:
+    """Makes the cache of a prompt, [rows, …], one of `times` sequences per row, in place.
+
+    Layers that do not keep the whole prompt (sliding windows) are repeated as `transformers` does it.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[index] = SharedPromptLayer(layer, times, room)
+        else:
+            layer.batch_repeat_interleave(times)
