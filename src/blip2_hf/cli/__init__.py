@@ -1,0 +1,5 @@
+"""The command `blip2`: caption, ask, chat and match. Heavy libraries are imported when a command runs."""
+
+from .main import main
+
+__all__ = ["main"]

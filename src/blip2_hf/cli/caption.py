@@ -1,0 +1,81 @@
+"""`blip2 caption`: a sentence about each image."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..presets import CAPTION_PROMPT, CAPTIONING
+from .common import (
+    Images,
+    add_generation_options,
+    add_model_options,
+    load_pipeline,
+    new_parser,
+    not_negative,
+    positive,
+    print_result,
+    quiet_libraries,
+    working,
+)
+
+_EXAMPLES = """\
+examples:
+  blip2 caption photo.jpg
+  blip2 caption *.jpg --json > captions.jsonl
+  blip2 caption photo.jpg --prompt "this is a painting of" --num-beams 1
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = new_parser(commands, "caption", "describe images", run, epilog=_EXAMPLES)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file or URL")
+    parser.add_argument(
+        "--prompt", help=f'text that the model continues, "" for none (default: "{CAPTION_PROMPT}", as in the paper)'
+    )
+    group = add_generation_options(
+        parser, num_beams=CAPTIONING["num_beams"], max_new_tokens=CAPTIONING["max_new_tokens"]
+    )
+    shortest = CAPTIONING["min_new_tokens"]
+    group.add_argument(
+        "--min-new-tokens",
+        type=not_negative,
+        metavar="N",
+        help=f"(default: {shortest} as in the paper, 0 with --prompt)",
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at a time (default: 8)")
+    add_model_options(parser, default="blip2-opt-2.7b")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a caption per image: with several images after the file's name."""
+    images = Images(args.images)
+    if images.any():
+        with quiet_libraries(args):
+            _caption(args, images)
+    return 2 if images.failed else 0
+
+
+def _caption(args: argparse.Namespace, images: Images) -> None:
+    options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    shortest = args.min_new_tokens
+    if shortest is None and args.prompt is None:
+        shortest = min(CAPTIONING["min_new_tokens"], args.max_new_tokens)
+    if shortest:
+        options["min_new_tokens"] = shortest
+    prompt = CAPTION_PROMPT if args.prompt is None else args.prompt
+    pipe = load_pipeline("image-to-text", args, batch_size=args.batch_size)
+    paths: list[str] = []
+
+    def pictures():
+        for path, image in images:
+            paths.append(path)
+            yield image
+
+    with working(args):
+        results = pipe(pictures(), prompt=prompt or None, generate_kwargs=options, progress=False)
+        for number, result in enumerate(results):
+            path, caption = paths[number], result[0]["generated_text"]
+            data = {"image": path, "caption": caption, "prompt": prompt, "model": args.model}
+            print_result(args, data, caption if len(args.images) == 1 else f"{path}: {caption}")

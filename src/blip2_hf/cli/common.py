@@ -1,0 +1,235 @@
+"""What the commands share: options, reading images, loading models, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class CommandError(Exception):
+    """Ends the command with one line on standard error and exit code 1."""
+
+
+class Unreadable(Exception):
+    """The only image cannot be read: one line on standard error and exit code 2."""
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+def new_parser(commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], int], **options: Any):
+    """A command's parser; `run` is its function."""
+    parser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=_Formatter, **options
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Options about model, device and output that every command has."""
+    group = parser.add_argument_group("model and output")
+    group.add_argument("--model", default=default, help=f"folder, Hugging Face id or short name (default: {default})")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first accelerator, else cpu)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, what the checkpoint has)"
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON object per line")
+    group.add_argument("--verbose", action="store_true", help="show warnings, progress and tracebacks of the libraries")
+
+
+def add_generation_options(
+    parser: argparse.ArgumentParser, *, num_beams: int, max_new_tokens: int
+) -> argparse._ArgumentGroup:
+    """Options of text generation."""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--num-beams", type=positive, default=num_beams, metavar="N", help=f"1 is greedy (default: {num_beams})"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive, default=max_new_tokens, metavar="N", help=f"(default: {max_new_tokens})"
+    )
+    return group
+
+
+def positive(text: str) -> int:
+    """A positive integer from the command line."""
+    return _integer(text, 1, "a positive integer")
+
+
+def not_negative(text: str) -> int:
+    """0 or a positive integer from the command line."""
+    return _integer(text, 0, "0 or a positive integer")
+
+
+def _integer(text: str, lowest: int, expected: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = lowest - 1
+    if number < lowest:
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+    return number
+
+
+def template(text: str) -> str:
+    """A prompt from the command line with a place for the question."""
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"must have {{}} where the question goes, got {text!r}")
+    return text
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wider than argparse's default of 24 columns for the names, so that more options fit on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """The images of some paths or URLs, read one by one while they are needed; each that cannot be read is one line on
+    standard error.
+
+    Every pixel is decoded, so that the result is that of the whole photo (the pipelines, given a path, decode large
+    JPEGs at reduced size).
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = iter(paths)
+        self._read: list[tuple[str, Image.Image]] = []
+        self.failed = False
+
+    def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
+        while self._read or self._advance():
+            yield self._read.pop(0)
+
+    def any(self) -> bool:
+        """Whether there is an image that can be read."""
+        return bool(self._read) or self._advance()
+
+    def _advance(self) -> bool:
+        """Reads the next image that can be read."""
+        from ..image_loading import load_image
+
+        for path in self._paths:
+            try:
+                self._read.append((path, load_image(path)))
+                return True
+            except ValueError as error:
+                self.failed = True
+                print_error(error)
+        return False
+
+
+def read_image(path: str) -> Image.Image:
+    """One image.
+
+    Raises:
+        Unreadable: if it cannot be read, naming it.
+    """
+    from ..image_loading import load_image
+
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(task: str, args: argparse.Namespace, **options: Any) -> Any:
+    """A pipeline on `args.model`.
+
+    Raises:
+        CommandError: if it cannot be loaded.
+    """
+    with loading(args):
+        from ..pipelines import pipeline
+
+        return pipeline(task, args.model, device=args.device, dtype=args.dtype, **options)
+
+
+@contextmanager
+def loading(args: argparse.Namespace) -> Iterator[None]:
+    """Turns whatever goes wrong in loading a model into a `CommandError`.
+
+    Not only our own errors: an unknown name, no network, a folder of something else, no such device, too little
+    memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise CommandError(f"cannot load model {args.model!r}: {one_line(error)}") from error
+
+
+@contextmanager
+def working(args: argparse.Namespace) -> Iterator[None]:
+    """Turns an error of the model at work (an option it does not take, too little memory) into a `CommandError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(one_line(error)) from error
+
+
+@contextmanager
+def quiet_libraries(args: argparse.Namespace) -> Iterator[None]:
+    """No warnings and progress bars of the libraries between our lines, unless `--verbose`."""
+    if args.verbose:
+        yield
+        return
+    import warnings
+
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging
+
+    verbosity, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not hub.are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():  # somebody who waits for a download of some gigabytes sees it
+        hub.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+def print_result(args: argparse.Namespace, data: dict[str, Any], text: str) -> None:
+    """`data` as a line of JSON, or `text`; at once, so that a reader of the output need not wait for the rest."""
+    print(json.dumps(data, ensure_ascii=False) if args.json else text, flush=True)
+
+
+def print_error(error: object) -> None:
+    """One line on standard error."""
+    print(f"blip2: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+def one_line(error: object) -> str:
+    """The message of an error on one line."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
