@@ -114,8 +114,9 @@ class CheckpointMixin:
                 return super().save_pretrained(save_directory, *args, **kwargs)
             finally:
                 self.config.connector_of = origin
-        if args or set(kwargs) - {"is_main_process", "state_dict", "max_shard_size"}:
-            raise ValueError(f"`connector_only` cannot be combined with {sorted(kwargs)}")
+        others = sorted(set(kwargs) - {"is_main_process", "state_dict", "max_shard_size"})
+        if args or others:
+            raise ValueError(f"`connector_only` cannot be combined with {others or 'positional arguments'}")
         if not kwargs.get("is_main_process", True):
             return None
         return self._save_connector(Path(save_directory), kwargs.get("state_dict"))

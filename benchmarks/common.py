@@ -1,0 +1,133 @@
+"""What the benchmarks share: measuring in turns, floating point operations, peak memory, the setting they ran in."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every benchmark of models takes."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=5, help="rounds per case")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
+    parser.add_argument("--small", action="store_true", help="small models, for a quick check of the script")
+
+
+def setting(args: argparse.Namespace) -> dict[str, object]:
+    """What a result depends on; applies `--threads`."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    cuda = args.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "small": args.small,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def emit(record: dict[str, object]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def in_turns(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each, measured in turns; who goes first changes from round to round. (Run each once before.)"""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(repeats):
+        order = list(runs) if index % 2 == 0 else list(reversed(runs))
+        for name in order:
+            times[name].append(seconds(runs[name], device))
+    return times
+
+
+def median_ratio(times: dict[str, list[float]]) -> float:
+    """Of "theirs" over "ours", round by round."""
+    return statistics.median(a / b for a, b in zip(times["theirs"], times["ours"], strict=True))
+
+
+def flops(run: Callable[[], object], *models: nn.Module) -> int:
+    """Of one run, with eager attention in the models meanwhile: the counter does not see fused kernels on the CPU."""
+    chosen = [model.config._attn_implementation for model in models]
+    for model in models:
+        model.set_attn_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        for model, name in zip(models, chosen, strict=True):
+            model.set_attn_implementation(name)
+    return counter.get_total_flops()
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int | None:
+    """Memory that one run needs beyond what was held before; None where it cannot be measured."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if not reset_peak_rss():
+        return None
+    before = memory_of_process("VmRSS")
+    run()
+    return memory_of_process("VmHWM") - before
+
+
+def reset_peak_rss() -> bool:
+    """Makes the kernel count the process's peak memory from now on (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory would hide a need for new
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def memory_of_process(field: str) -> int:
+    """Bytes: "VmRSS" now, "VmHWM" at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights as of a fresh model (matrices N(0, 0.02), norms 1, biases 0), with queries and positions drawn too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
+    return model.eval()

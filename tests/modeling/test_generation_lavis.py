@@ -1,0 +1,175 @@
+"""Stage 2 against the original code: logits, losses, gradients and captions from its weights (see fixtures/README.md).
+
+The original has no image placeholder: the queries are put before the text.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blip2_hf.configuration import Blip2Config
+from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
+from lavis_names import fixture, to_ours
+from parity import EXACT, changed, gradients
+
+QUERIES = 8
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 260,
+    "hidden_size": 48,
+    "word_embed_proj_dim": 48,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 107,
+    "d_model": 48,
+    "d_kv": 12,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",  # exact, where Flan-T5's own is the tanh approximation
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
+PROMPT = {"noprompt": 1, "prompt": 11}  # tokens, with BOS: "" and "a photo of"
+
+
+def renamed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those below a path, under our names."""
+    original = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    language, bridge = {}, {}
+    for name, tensor in original.items():
+        part, _, rest = name.partition(".")
+        if part in ("opt_model", "t5_model"):
+            language[f"language_model.{rest}"] = tensor
+        elif part in ("opt_proj", "t5_proj"):
+            language[f"language_projection.{rest}"] = tensor
+        else:
+            bridge[name] = tensor
+    return {**to_ours(bridge), **language}
+
+
+@cache
+def original_model(name: str) -> Blip2ForConditionalGeneration:
+    import tempfile
+
+    config = Blip2Config(
+        vision_config={
+            "hidden_size": 40,
+            "intermediate_size": 174,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+        },
+        qformer_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        text_config=OPT if name == "opt" else T5,
+        num_query_tokens=QUERIES,
+        vision_layernorm_eps=1e-5,
+    )
+    weights = renamed(fixture(f"stage2_{name}_tiny"), "state_dict/")
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        save_file({k: v.contiguous() for k, v in weights.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+        return Blip2ForConditionalGeneration.from_pretrained(folder)
+
+
+def opt_inputs(case: str) -> dict[str, torch.Tensor]:
+    data = fixture("stage2_opt_tiny")
+    text = {name: data[f"{case}/{name}"] for name in ("input_ids", "attention_mask")}
+    return {"pixel_values": data["image"], **text, "labels": data[f"{case}/labels"][:, QUERIES:]}
+
+
+def t5_inputs() -> dict[str, torch.Tensor]:
+    data = fixture("stage2_t5_tiny")
+    return {
+        "pixel_values": data["image"],
+        "input_ids": data["input_ids"],
+        "attention_mask": data["input_att"],
+        "labels": data["labels"],
+    }
+
+
+@pytest.mark.parametrize("case", PROMPT)
+@torch.no_grad()
+def test_opt_forward(case: str) -> None:
+    ours, data, inputs = original_model("opt"), fixture("stage2_opt_tiny"), opt_inputs(case)
+    outputs = ours(**inputs)
+    real = torch.cat([torch.ones(3, QUERIES), inputs["attention_mask"]], dim=1).bool()
+    torch.testing.assert_close(outputs.logits[real], data[f"{case}/logits"][real], **EXACT)
+    torch.testing.assert_close(outputs.loss, data[f"{case}/loss"], **EXACT)
+    with changed(ours, "query_tokens"):
+        assert abs(ours(**inputs).loss - data[f"{case}/loss"]) > 1e-4
+
+
+@torch.no_grad()
+def test_layer_norm_epsilon_of_the_original_matters() -> None:
+    ours, data = original_model("opt"), fixture("stage2_opt_tiny")
+    norm = ours.vision_model.post_layernorm
+    assert norm.eps == 1e-5
+    norm.eps = 0.05
+    try:
+        assert (ours(**opt_inputs("prompt")).loss - data["prompt/loss"]).abs() > 1e-5
+    finally:
+        norm.eps = 1e-5
+
+
+@pytest.mark.parametrize("case", PROMPT)
+def test_opt_captions(case: str) -> None:
+    """11 new tokens at most: the original's `max_length=12` counts a token that stands for the embeddings."""
+    ours, data = original_model("opt"), fixture("stage2_opt_tiny")
+    prompt = opt_inputs(case)["input_ids"][:, : PROMPT[case]]
+    options = {"num_beams": 3, "max_new_tokens": 11, "min_new_tokens": 3, "eos_token_id": 14}
+    tokens = ours.generate(data["image"], prompt, **options)
+    assert torch.equal(tokens[:, : PROMPT[case]], prompt)
+    assert torch.equal(tokens[:, PROMPT[case] :], data[f"{case}/generate_ids"][:, 1:])
+    if case == "noprompt":
+        assert torch.equal(ours.generate(data["image"], **options), tokens)
+
+
+@torch.no_grad()
+def test_t5_forward() -> None:
+    ours, data = original_model("t5"), fixture("stage2_t5_tiny")
+    outputs = ours(**t5_inputs())
+    taught = data["labels"] != -100
+    torch.testing.assert_close(outputs.logits[taught], data["logits"][taught], **EXACT)
+    torch.testing.assert_close(outputs.loss, data["loss"], **EXACT)
+    with changed(ours, "query_tokens"):
+        assert abs(ours(**t5_inputs()).loss - data["loss"]) > 1e-4
+
+
+def test_t5_captions() -> None:
+    """The original's prompt is empty here, which its tokenizer writes as `</s>`."""
+    ours, data = original_model("t5"), fixture("stage2_t5_tiny")
+    options = {"num_beams": 3, "max_new_tokens": 8, "min_length": 2}
+    assert torch.equal(ours.generate(data["image"], **options), data["generate_ids"])
+    end = torch.ones(3, 1, dtype=torch.long)
+    assert torch.equal(ours.generate(data["image"], end, **options), data["generate_ids"])
+    with changed(ours, "query_tokens", by=1.0):
+        assert not torch.equal(ours.generate(data["image"], **options), data["generate_ids"])
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_gradients(name: str) -> None:
+    """Of what is trained; the fixture keeps the first layer of the Q-Former and everything around its layers."""
+    ours, data = original_model(name), fixture(f"stage2_{name}_tiny")
+    expected = renamed(data, "prompt/grads/" if name == "opt" else "grads/")
+    inputs = opt_inputs("prompt") if name == "opt" else t5_inputs()
+    found = gradients(ours, lambda: ours(**inputs).loss)
+    assert {"query_tokens", "vision_model.post_layernorm.weight", "language_projection.weight"} < expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+    assert (found["query_tokens"] + expected["query_tokens"]).abs().max() > 1e-3
