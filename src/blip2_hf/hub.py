@@ -180,7 +180,7 @@ class HubModelMixin:
             language=language,
             tags=tags,
             connector_only=connector_only,
-            trained_parts=self._trained_parts,
+            trained_parts=self._changed_parts(),
             parameter_counts=parameter_counts(self),
         )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip2_hf.configuration import Blip2Config
 from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
 from blip2_hf.modeling.loading import CONNECTOR_NAME
 from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
@@ -114,6 +115,27 @@ def test_a_part_that_was_trained_is_stored_too(name: str, bases: Path, tmp_path:
     assert not any(key.startswith("vision_model.encoder.") for key in stored)
     assert ("language_model.lm_head.weight" in stored) is (name == "t5")
     assert_same_weights(load(tmp_path), model)
+
+
+def test_a_part_written_to_without_training_mode_is_stored(bases: Path, tmp_path: Path) -> None:
+    """An optimiser step outside of training mode counts, and it survives a second round."""
+    model = load(bases / "opt")
+    weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+    model.save_pretrained(tmp_path / "first", connector_only=True)
+    stored = load_file(tmp_path / "first" / CONNECTOR_NAME)
+    assert "vision_model.encoder.layers.0.mlp.fc1.weight" in stored
+    assert not any(name.startswith("language_model.") for name in stored)
+    again = load(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second", connector_only=True)
+    assert_same_weights(model, load(tmp_path / "second"))
+
+
+def test_weights_that_were_never_loaded_are_not_taken_for_a_checkpoint(bases: Path, tmp_path: Path) -> None:
+    model = Blip2ForConditionalGeneration(Blip2Config.from_pretrained(bases / "opt"))
+    with pytest.raises(ValueError, match="where the frozen parts came from"):
+        model.save_pretrained(tmp_path, connector_only=True)
 
 
 def test_connector_of_a_connector_and_back_to_a_whole(connector: Path, bases: Path, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 
 def eager_attention(
@@ -65,6 +66,21 @@ def attend(
         dropout=module.attention_dropout if module.training else 0.0,
     )
     return output.flatten(2), weights if output_attentions else None
+
+
+@contextlib.contextmanager
+def eager_if(wanted: bool, model: PreTrainedModel) -> Iterator[None]:
+    """While active, a model of `transformers` runs its eager attention, the only one that gives weights, if `wanted`;
+    its own choice is put back afterwards."""
+    chosen = model.config._attn_implementation
+    if not wanted or chosen == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 def _block_mask(mask: torch.Tensor, queries: int, keys: int) -> Any:

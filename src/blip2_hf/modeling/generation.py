@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from ..configuration import Blip2Config
 from ..outputs import Blip2ForConditionalGenerationModelOutput
+from .attention import eager_if
 from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
@@ -257,14 +258,15 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
-        if self.config.is_encoder_decoder:
-            loss, outputs = self._seq2seq(
-                prompt, labels, decoder_input_ids, decoder_attention_mask, num_items_in_batch, flags
-            )
-        else:
-            if decoder_input_ids is not None or decoder_attention_mask is not None:
+        with eager_if(output_attentions, self.language_model):
+            if self.config.is_encoder_decoder:
+                loss, outputs = self._seq2seq(
+                    prompt, labels, decoder_input_ids, decoder_attention_mask, num_items_in_batch, flags
+                )
+            elif decoder_input_ids is not None or decoder_attention_mask is not None:
                 raise ValueError("`decoder_input_ids` was given, but the language model is decoder-only")
-            loss, outputs = self._causal(prompt, labels, num_items_in_batch, flags)
+            else:
+                loss, outputs = self._causal(prompt, labels, num_items_in_batch, flags)
         result = Blip2ForConditionalGenerationModelOutput(
             loss=loss,
             logits=outputs.logits,
@@ -392,7 +394,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
                 raise ValueError("`input_ids` must be given for assisted generation, got `inputs_embeds` alone")
             del prompt_arguments["inputs_embeds"]
             in_place = prompt_behind_ids(prompt, self.get_input_embeddings())
-        with in_place:
+        with in_place, eager_if(bool(generation_config.output_attentions), self.language_model):
             outputs = self.language_model.generate(generation_config=generation_config, **prompt_arguments, **options)
         if self.config.is_encoder_decoder or given.ids is None:
             return outputs

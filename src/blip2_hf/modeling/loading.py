@@ -40,6 +40,9 @@ class CheckpointMixin:
     # Keys (regular expressions) that a checkpoint may lack; what is missing is initialised and named in one warning.
     _optional_keys: tuple[str, ...] = ()
 
+    # Version counters of the backbones' weights after loading (see `_changed_parts`); None: not loaded from anywhere.
+    _loaded_versions: dict[str, int] | None = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Loads a model from a folder, a Hub id or the short name of a released checkpoint.
@@ -74,6 +77,7 @@ class CheckpointMixin:
             raise ValueError(f"{source} is not a checkpoint of {cls.__name__}: {error}") from error
         _forget_key_mapping(model, kwargs.get("key_mapping"))
         cls._check_keys(source, info, other_shapes_allowed)
+        model._loaded_versions = model._versions()
         return (model, info) if wants_info else model
 
     @classmethod
@@ -101,9 +105,10 @@ class CheckpointMixin:
 
         Args:
             save_directory: folder, created if needed.
-            connector_only: store only what was trained (everything but the frozen tower and language model; a part
-                that was in training mode without being frozen is stored too) in `connector.safetensors`, and the name
-                of the checkpoint that the rest came from; `from_pretrained(save_directory)` puts both together again.
+            connector_only: store only what was trained in `connector.safetensors`, and the name of the checkpoint
+                that the rest came from; `from_pretrained(save_directory)` puts both together again. What is left out
+                are tower and language model, each only if it is as it was loaded: never written to since, and never in
+                training mode without being frozen.
 
         Raises:
             ValueError: with `connector_only`, if it is unknown where the frozen parts came from.
@@ -123,7 +128,7 @@ class CheckpointMixin:
 
     def _save_connector(self, folder: Path, state_dict: dict | None) -> None:
         origin = getattr(self.config, "connector_of", None) or self.config._name_or_path
-        if not origin:
+        if not origin or self._loaded_versions is None:
             raise ValueError(
                 "`connector_only=True` needs to know where the frozen parts came from, but this model was not loaded "
                 "with `from_pretrained`; save it in full once and load it from there"
@@ -133,7 +138,7 @@ class CheckpointMixin:
                 raise ValueError(f"`save_directory` {folder} holds the full checkpoint the frozen parts come from")
             origin = os.path.abspath(origin)  # it must be found from another working directory, too
         state_dict = self.state_dict() if state_dict is None else state_dict
-        keys = self._connector_keys(state_dict, self._trained_parts)
+        keys = self._connector_keys(state_dict, self._changed_parts())
         tensors = {key: state_dict[key].contiguous() for key in keys}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / CONNECTOR_NAME, metadata={"format": "pt"})
@@ -145,6 +150,16 @@ class CheckpointMixin:
             self.config.connector_of = previous
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
+
+    def _versions(self) -> dict[str, int]:
+        """Per backbone, how often its weights were written to (torch counts it per tensor)."""
+        return {part: sum(weight._version for _, weight in weights) for part, weights in self._backbones().items()}
+
+    def _changed_parts(self) -> set[str]:
+        """The backbones that may differ from the checkpoint they were loaded from."""
+        versions = self._versions()
+        loaded = versions if self._loaded_versions is None else self._loaded_versions
+        return self._trained_parts | {part for part, version in versions.items() if version != loaded[part]}
 
     def _connector_keys(self, keys: Iterable[str], parts: set[str]) -> list[str]:
         """Of these state-dict keys, those that a connector with the backbones `parts` holds.

@@ -6,9 +6,7 @@ output, all tokens, then a LayerNorm of BLIP-2's own that is trained while the t
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration import Blip2Config
+from .attention import eager_if
 from .vision import Blip2VisionModel, check_pixel_values
 
 _LN_VISION_EPS = 1e-5  # of the original code's `ln_vision`
@@ -94,7 +93,7 @@ class Blip2AutoVisionModel(PreTrainedModel):
             inputs = _patchify(inputs["pixel_values"], _side(config, "patch_size"))
         elif interpolate_pos_encoding and "interpolate_pos_encoding" in arguments:
             inputs["interpolate_pos_encoding"] = True
-        with _eager_attention(self.tower, output_attentions):
+        with eager_if(output_attentions, self.tower):
             outputs = self.tower(
                 **inputs,
                 output_attentions=output_attentions,
@@ -146,20 +145,6 @@ def _layer_list(tower: nn.Module, count: int) -> nn.ModuleList:
             f"{len(stacks)}; pass `vision_feature_layer=-1` to use its last hidden state"
         )
     return stacks[0]
-
-
-@contextlib.contextmanager
-def _eager_attention(tower: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Attention weights come from the eager kernel only; the tower's own choice is put back afterwards."""
-    chosen = tower.config._attn_implementation
-    if not wanted or chosen == "eager":
-        yield
-        return
-    tower.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        tower.set_attn_implementation(chosen)
 
 
 def _side(config, name: str) -> int:
