@@ -87,7 +87,7 @@ def test_decoder_inputs_may_be_given_with_labels() -> None:
 
 def test_labels_of_another_shape() -> None:
     ids = prompt_ids()
-    with pytest.raises(ValueError, match=r"`labels` must have the shape of the tokens, got \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"`labels` must have the shape of the tokens \(2, 10\), got \(2, 9\)"):
         model("opt")(pixels(), ids, labels=ids[:, 1:])
 
 

@@ -1,5 +1,7 @@
 """What `generate` takes from GenerationMixin: each option does what it does in `transformers`."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from generation_pairs import DECODING, FAMILIES, build, model, pair, ragged
+from parity import enable_checkpointing, without_dropout
 from tiny_models import IMAGE_TOKEN, QUERIES, VOCAB, pixels, prompt_ids, randomised, text_config
 from tiny_tokenizers import tiny_opt_tokenizer
 
@@ -222,6 +225,23 @@ def test_assistant(assistant: str, layout: str) -> None:
     expected = ours.generate(**text, max_new_tokens=12)
     assert torch.equal(ours.generate(**text, max_new_tokens=12, assistant_model=helper), expected)
     assert not ours.get_input_embeddings()._forward_hooks
+
+
+def test_assistant_of_an_encoder_decoder() -> None:
+    ours = model("t5")
+    expected = ours.generate(**inputs(1), max_new_tokens=12)
+    helper = copy.deepcopy(ours.language_model)
+    assert torch.equal(ours.generate(**inputs(1), max_new_tokens=12, assistant_model=helper), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_mode_with_checkpointing_keeps_the_cache(family: str) -> None:
+    """`transformers` drops the cache there and goes on from the last token alone."""
+    expected = model(family).generate(**inputs(), max_new_tokens=8)
+    ours = without_dropout(copy.deepcopy(model(family)))
+    enable_checkpointing(ours)
+    assert torch.equal(ours.generate(**inputs(), max_new_tokens=8), expected)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in ours.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

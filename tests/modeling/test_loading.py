@@ -9,11 +9,23 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from blip2_hf.configuration import Blip2Config
+from blip2_hf.configuration import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
+from blip2_hf.modeling.qformer import Blip2QFormerModel
 from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
+from blip2_hf.modeling.vision import Blip2VisionModel
 from generation_pairs import build
-from tiny_models import IMAGE_TOKEN, VOCAB, peer_generation, peer_retrieval, pixels, prompt_ids, text_config
+from tiny_models import (
+    IMAGE_TOKEN,
+    QFORMER,
+    VISION,
+    VOCAB,
+    peer_generation,
+    peer_retrieval,
+    pixels,
+    prompt_ids,
+    text_config,
+)
 
 WEIGHTS = "model.safetensors"
 
@@ -80,6 +92,26 @@ def test_shards(checkpoints: Path, tmp_path: Path) -> None:
     assert names[0].startswith("model-00001-of-")
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert_same_weights(load(tmp_path), whole)
+
+
+@pytest.mark.parametrize(("first", "second"), [("50GB", "100KB"), ("100KB", "50GB")])
+def test_the_other_layout_does_not_stay_behind(first: str, second: str, checkpoints: Path, tmp_path: Path) -> None:
+    """A single file of an earlier save would be loaded instead of the shards of this one."""
+    model = load(checkpoints / "opt")
+    model.save_pretrained(tmp_path, max_shard_size=first)
+    with torch.no_grad():
+        model.query_tokens.add_(5)
+    model.save_pretrained(tmp_path, max_shard_size=second)
+    assert_same_weights(model, load(tmp_path))
+    assert (tmp_path / WEIGHTS).exists() == (second == "50GB")
+
+
+@pytest.mark.parametrize("cls", [Blip2VisionModel, Blip2QFormerModel])
+def test_parts_on_their_own(cls: type, tmp_path: Path) -> None:
+    config = Blip2VisionConfig(**VISION) if cls is Blip2VisionModel else Blip2QFormerConfig(**QFORMER)
+    model = cls(config)
+    model.save_pretrained(tmp_path)
+    assert_same_weights(model, cls.from_pretrained(tmp_path))
 
 
 def test_variant(checkpoints: Path, tmp_path: Path) -> None:
@@ -223,6 +255,16 @@ def test_garbage(what: str, opt: Path) -> None:
         load(opt)
 
 
+def test_truncated_pickle(checkpoints: Path, opt: Path) -> None:
+    torch.save(load(checkpoints / "opt").state_dict(), opt / "pytorch_model.bin")
+    (opt / WEIGHTS).unlink()
+    load(opt)
+    whole = (opt / "pytorch_model.bin").read_bytes()
+    (opt / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
+        load(opt)
+
+
 def test_shard_missing_or_truncated(checkpoints: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoints / "sharded", tmp_path / "sharded"))
     shard = sorted(folder.glob("model-*"))[1]
@@ -261,17 +303,20 @@ def test_folder_without_a_config(tmp_path: Path) -> None:
 
 
 def test_retrieval_checkpoint_into_generation(checkpoints: Path, opt: Path) -> None:
+    parts = r"is not a checkpoint of .*unexpected keys: itm_head\..*missing parts: language_model, language_projection"
+    with pytest.raises(ValueError, match=parts):
+        load(checkpoints / "retrieval")
     shutil.copy(checkpoints / "retrieval" / WEIGHTS, opt / WEIGHTS)
-    with pytest.raises(ValueError, match=r"missing keys: language_model.*unexpected keys: embeddings\."):
+    with pytest.raises(ValueError, match=parts):
         load(opt)
 
 
 def test_generation_checkpoint_into_retrieval(checkpoints: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`config.qformer_config.use_qformer_text_input` must be True"):
+    with pytest.raises(ValueError, match=r"opt is not a checkpoint of .*unexpected keys: language_model\."):
         Blip2ForImageTextRetrieval.from_pretrained(checkpoints / "opt")
     folder = Path(shutil.copytree(checkpoints / "retrieval", tmp_path / "retrieval"))
     shutil.copy(checkpoints / "opt" / WEIGHTS, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"missing keys: .*unexpected keys: language_model\."):
+    with pytest.raises(ValueError, match=r"unexpected keys: language_model\..*missing parts: embeddings, itm_head"):
         Blip2ForImageTextRetrieval.from_pretrained(folder)
 
 

@@ -92,8 +92,9 @@ def test_embeddings_with_and_without_ids(embedding: nn.Embedding) -> None:
 
 
 def test_shapes_that_do_not_fit(embedding: nn.Embedding) -> None:
-    with pytest.raises(ValueError, match=r"`input_ids` must have shape \[batch, tokens\], got \(5,\)"):
-        prompt_from_ids(IMAGES, IDS[0], None, embedding, IMAGE)
+    for wrong in (IDS[0], IDS[:0], IDS[:, :0], IDS.float()):
+        with pytest.raises(ValueError, match=r"`input_ids` must be integers of shape \[batch, tokens\]"):
+            prompt_from_ids(IMAGES, wrong, None, embedding, IMAGE)
     with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of the tokens \(2, 5\), got \(2, 4\)"):
         prompt_from_ids(IMAGES, IDS, MASK[:, 1:], embedding, IMAGE)
     with pytest.raises(ValueError, match=r"`inputs_embeds` must have shape \[batch, tokens, 4\], got \(2, 5, 3\)"):
@@ -210,3 +211,13 @@ def test_placeholders_outside_of_the_vocabulary_behind_ids() -> None:
     prompt = prompt_from_ids(IMAGES[:1], IDS[:1], None, embedding, IMAGE)
     with prompt_behind_ids(prompt, embedding):
         assert torch.equal(embedding(IDS[:1]), prompt.embeds)
+
+
+def test_a_compiled_graph_checks_the_placeholders_too(embedding: nn.Embedding) -> None:
+    def embeds(ids: torch.Tensor) -> torch.Tensor:
+        return prompt_from_ids(IMAGES, ids, MASK, embedding, IMAGE).embeds
+
+    compiled = torch.compile(embeds, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(IDS), embeds(IDS))
+    with pytest.raises(RuntimeError, match="every row must have 2 image placeholders"):
+        compiled(IDS.masked_fill(IDS == IMAGE, 1))

@@ -325,8 +325,8 @@ ERRORS = [
         r"`image_embeds` must have shape \[images, tokens, 32\], got \(3, 5, 31\)",
     ),
     ({"pixel_values": None, "vision_features": torch.zeros(3, 32)}, "`vision_features` must have shape"),
-    ({"input_ids": torch.ones(6, dtype=torch.long)}, r"`input_ids` must have shape \[texts, tokens\], got \(6,\)"),
-    ({"input_ids": torch.ones(3, 0, dtype=torch.long)}, r"got \(3, 0\)"),
+    ({"input_ids": torch.ones(6, dtype=torch.long)}, r"`input_ids` must be integers of shape .* shape \(6,\)"),
+    ({"input_ids": torch.ones(3, 0, dtype=torch.long)}, r"of shape \(3, 0\)"),
     ({"attention_mask": torch.ones(3, 5)}, r"`attention_mask` must have the shape of `input_ids` \(3, 6\), got"),
     ({"input_ids": torch.ones(3, 65, dtype=torch.long), "attention_mask": None}, "takes at most 64"),
 ]
@@ -348,8 +348,14 @@ def test_errors_of_the_smaller_methods(model) -> None:
         model(IMAGES, ids, mask, image_embeds=encoded)
     with pytest.raises(ValueError, match=r"`image_embeds` \(encoded images\) must be the only image input"):
         model.get_multimodal_features(IMAGES, ids, mask, image_embeds=encoded)
-    with pytest.raises(ValueError, match="`input_ids` must have shape"):
+    with pytest.raises(ValueError, match="`input_ids` must be"):
         model.match(encoded, None)
+    for score in (model.match, model.match_matrix):
+        with pytest.raises(ValueError, match="`encoded` must be what `encode_image` returns, got Tensor"):
+            score(IMAGES, ids)
+        with pytest.raises(ValueError, match="`encoded` must hold at least one image"):
+            score(encoded[:0], ids)
+    assert model.encode_image(image_embeds=encoded) is encoded
     with pytest.raises(ValueError, match="`attention_mask` must have the shape"):
         model.match_matrix(encoded, ids, mask[:1])
     with pytest.raises(ValueError, match="`attention_mask` must have the shape"):

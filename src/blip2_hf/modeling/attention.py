@@ -83,6 +83,20 @@ def eager_if(wanted: bool, model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(chosen)
 
 
+@contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """While active, no block of a model is checkpointed. A model in training mode would drop its cache for it, and so
+    generate from the last token alone; without gradients there is nothing to save anyway."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
 def _block_mask(mask: torch.Tensor, queries: int, keys: int) -> Any:
     """A boolean mask as flex attention's own kind. (A tensor of additive scores makes its CPU kernel read beyond the
     tensor's end, and the process dies.)"""

@@ -25,6 +25,7 @@ class Blip2PreTrainedModel(HubModelMixin, CheckpointMixin, PreTrainedModel):
     """
 
     config: Blip2Config
+    config_class = Blip2Config
     base_model_prefix = "blip"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
@@ -69,17 +70,24 @@ class Blip2PreTrainedModel(HubModelMixin, CheckpointMixin, PreTrainedModel):
     def _set_frozen(self, part: str, frozen: bool) -> None:
         for _, parameter in self._backbones()[part]:
             parameter.requires_grad_(not frozen)
-        (self._frozen_parts.add if frozen else self._frozen_parts.discard)(part)
-        self.train(self.training)
+        if frozen:
+            self._frozen_parts.add(part)
+            getattr(self, part).eval()
+            if part not in self._written_parts():  # it was in training mode, but nothing came of it
+                self._trained_parts.discard(part)
+        else:
+            self._frozen_parts.discard(part)
+            self.train(self.training)
+        self.vision_model.post_layernorm.train(self.training)
 
     def train(self, mode: bool = True) -> Blip2PreTrainedModel:
         """Sets the mode of everything that is not frozen; frozen parts stay in evaluation mode (no dropout)."""
         super().train(mode)
         for part in self._frozen_parts:
             getattr(self, part).eval()
+        self.vision_model.post_layernorm.train(mode)
         if mode:
             self._trained_parts |= set(self._backbones()) - self._frozen_parts
-            self.vision_model.post_layernorm.train()
         return self
 
     # -- encoding images ---------------------------------------------------------------------------------------------
@@ -132,7 +140,7 @@ class Blip2PreTrainedModel(HubModelMixin, CheckpointMixin, PreTrainedModel):
     def encode_image(
         self,
         pixel_values: torch.Tensor | None = None,
-        image_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | EncodedImages | None = None,
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> EncodedImages:
@@ -140,13 +148,18 @@ class Blip2PreTrainedModel(HubModelMixin, CheckpointMixin, PreTrainedModel):
 
         Args (exactly one of the first three):
             pixel_values: [N, 3, H, W], normalised.
-            image_embeds: [N, P, E] features after `ln_vision`, as `vision_model(...)` returns them.
+            image_embeds: [N, P, E] features after `ln_vision`, as `vision_model(...)` returns them; images that are
+                encoded already are returned as they are.
             vision_features: [N, P, E] the tower's output before `ln_vision` (`vision_model.backbone(...)`).
             interpolate_pos_encoding: take images of another size than the tower's.
 
         Raises:
             ValueError: if none or several are given, or shapes do not fit.
         """
+        if isinstance(image_embeds, EncodedImages):
+            if pixel_values is not None or vision_features is not None:
+                raise ValueError("`image_embeds` (encoded images) must be the only image input, got others as well")
+            return image_embeds
         features = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
         queries = self._query_pass(features.last_hidden_state, use_cache=True)
         return EncodedImages(features.last_hidden_state, queries.last_hidden_state, queries.past_key_values)

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from ..configuration import Blip2Config
 from ..outputs import Blip2ForConditionalGenerationModelOutput
-from .attention import eager_if
+from .attention import eager_if, without_checkpointing
 from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
@@ -34,6 +34,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
     VQA, and InstructBLIP): pass `qformer_input_ids`.
     """
 
+    _parts = frozenset({"vision_model", "query_tokens", "qformer", "language_projection", "language_model"})
+    _optional_parts = frozenset({"embeddings"})  # of a question-conditioned Q-Former
     accepts_loss_kwargs = True  # `num_items_in_batch`, for exact gradient accumulation in Trainer
 
     def __init__(self, config: Blip2Config):
@@ -83,7 +85,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         """As `PreTrainedModel.resize_token_embeddings`, of the language model (with what it ties and derives)."""
         embeddings = self.language_model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.text_config.get_text_config().vocab_size = embeddings.num_embeddings
-        self._trained_parts.add("language_model")  # no longer what its checkpoint holds
+        if self._loaded_versions is not None:
+            self._loaded_versions["language_model"] = -1  # no longer what its checkpoint holds
         return embeddings
 
     # -- freezing ----------------------------------------------------------------------------------------------------
@@ -209,8 +212,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        decoder_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -295,7 +298,9 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         if self.config.image_token_index is None and labels.shape[1] + queries == prompt.mask.shape[1]:
             labels = nn.functional.pad(labels, (queries, 0), value=-100)  # the images were put before the text
         if labels.shape != prompt.mask.shape:
-            raise ValueError(f"`labels` must have the shape of the tokens, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"`labels` must have the shape of the tokens {tuple(prompt.mask.shape)}, got {tuple(labels.shape)}"
+            )
         labels = labels if order is None else labels.gather(1, order.to(labels.device))
         untaught = prompt.is_image | (prompt.mask == 0)
         labels = labels.masked_fill(untaught.to(labels.device), -100)
@@ -389,12 +394,14 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
                 prompt_arguments |= prefill_causal(self.language_model, prompt, generation_config)
         in_place = contextlib.nullcontext()
         mode = generation_config.get_generation_mode(options.get("assistant_model"))
-        if mode == GenerationMode.ASSISTED_GENERATION and not self.config.is_encoder_decoder:
+        if mode == GenerationMode.ASSISTED_GENERATION:
             if prompt.ids is None:
                 raise ValueError("`input_ids` must be given for assisted generation, got `inputs_embeds` alone")
-            del prompt_arguments["inputs_embeds"]
-            in_place = prompt_behind_ids(prompt, self.get_input_embeddings())
-        with in_place, eager_if(bool(generation_config.output_attentions), self.language_model):
+            prompt_arguments = {"input_ids": prompt.ids, "attention_mask": prompt.mask}
+            reader = self.get_encoder() if self.config.is_encoder_decoder else self.language_model
+            in_place = prompt_behind_ids(prompt, reader.get_input_embeddings())
+        eager = eager_if(bool(generation_config.output_attentions), self.language_model)
+        with in_place, eager, without_checkpointing(self.language_model):
             outputs = self.language_model.generate(generation_config=generation_config, **prompt_arguments, **options)
         if self.config.is_encoder_decoder or given.ids is None:
             return outputs

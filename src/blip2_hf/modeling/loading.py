@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -24,6 +27,7 @@ logger = logging.get_logger(__name__)
 CONNECTOR_NAME = "connector.safetensors"
 
 _MODEL_TYPES = ("blip-2", "instructblip")
+_WHOLE_FILES = ("model.safetensors", "model.safetensors.index.json")
 # Options of `from_pretrained` that say where files come from.
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
@@ -39,6 +43,10 @@ class CheckpointMixin:
 
     # Keys (regular expressions) that a checkpoint may lack; what is missing is initialised and named in one warning.
     _optional_keys: tuple[str, ...] = ()
+
+    # First components of the keys that a checkpoint must and may have.
+    _parts: frozenset[str] = frozenset()
+    _optional_parts: frozenset[str] = frozenset()
 
     # Version counters of the backbones' weights after loading (see `_changed_parts`); None: not loaded from anywhere.
     _loaded_versions: dict[str, int] | None = None
@@ -67,18 +75,36 @@ class CheckpointMixin:
         _check_files(source, kwargs.get("variant"))
         if raw_config.get("model_type") == "instructblip" and "key_mapping" not in kwargs:
             kwargs["key_mapping"] = dict(_INSTRUCTBLIP_KEYS)
+        cls._check_parts(source)
         # Other shapes are let through here, for `_check_keys` to name them.
         other_shapes_allowed = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
                 source, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except SafetensorError as error:
-            raise ValueError(f"{source} is not a checkpoint of {cls.__name__}: {error}") from error
+        except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+            pickles = [os.fspath(path) for path in Path(source).glob("*.bin")]
+            if not pickles and not isinstance(error, SafetensorError):
+                raise
+            raise ValueError(f"{', '.join(pickles) or source} cannot be read as weights: {error}") from error
         _forget_key_mapping(model, kwargs.get("key_mapping"))
         cls._check_keys(source, info, other_shapes_allowed)
         model._loaded_versions = model._versions()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_parts(cls, source: str) -> None:
+        """Refuses a local checkpoint of another class by its keys, before a model is built for it."""
+        keys = _stored_keys(Path(source))
+        found = {key.split(".")[0] for key in keys}
+        foreign = [key for key in keys if key.split(".")[0] not in cls._parts | cls._optional_parts]
+        if foreign:
+            message = (
+                f"{source} is not a checkpoint of {cls.__name__}: {len(foreign)} unexpected keys: {_some(foreign)}"
+            )
+            if missing := cls._parts - found:
+                message += f"; missing parts: {_some(missing)}"
+            raise ValueError(message)
 
     @classmethod
     def _check_keys(cls, source: str, info: dict[str, Any], other_shapes_allowed: bool) -> None:
@@ -114,11 +140,14 @@ class CheckpointMixin:
             ValueError: with `connector_only`, if it is unknown where the frozen parts came from.
         """
         if not connector_only:
+            before = _weight_files(save_directory)
             origin, self.config.connector_of = getattr(self.config, "connector_of", None), None
             try:
-                return super().save_pretrained(save_directory, *args, **kwargs)
+                super().save_pretrained(save_directory, *args, **kwargs)
             finally:
                 self.config.connector_of = origin
+            _remove_other_layout(before, _weight_files(save_directory))
+            return None
         others = sorted(set(kwargs) - {"is_main_process", "state_dict", "max_shard_size"})
         if args or others:
             raise ValueError(f"`connector_only` cannot be combined with {others or 'positional arguments'}")
@@ -157,9 +186,13 @@ class CheckpointMixin:
 
     def _changed_parts(self) -> set[str]:
         """The backbones that may differ from the checkpoint they were loaded from."""
-        versions = self._versions()
-        loaded = versions if self._loaded_versions is None else self._loaded_versions
-        return self._trained_parts | {part for part, version in versions.items() if version != loaded[part]}
+        return self._trained_parts | self._written_parts()
+
+    def _written_parts(self) -> set[str]:
+        """The backbones whose weights were written to since they were loaded, as far as torch can tell."""
+        if self._loaded_versions is None:
+            return set()
+        return {part for part, version in self._versions().items() if version != self._loaded_versions[part]}
 
     def _connector_keys(self, keys: Iterable[str], parts: set[str]) -> list[str]:
         """Of these state-dict keys, those that a connector with the backbones `parts` holds.
@@ -182,6 +215,7 @@ class CheckpointMixin:
                 raise ValueError(f"{connector} is missing, config.json names it as a connector of {origin}")
             connector = Path(cached_file(source, CONNECTOR_NAME, **hub_options))
         _check_safetensors(connector)
+        connector_options = dict(hub_options)
         for option in ("revision", "subfolder"):  # those of the connector, not of the checkpoint it belongs to
             kwargs.pop(option, None)
             hub_options.pop(option, None)
@@ -215,7 +249,25 @@ class CheckpointMixin:
             for key in stored:
                 own[key].copy_(file.get_tensor(key))
         model.config.connector_of = origin
+        if model.can_generate() and "generation_config" not in kwargs:
+            with contextlib.suppress(OSError):  # a connector of an older save may have none
+                model.generation_config = GenerationConfig.from_pretrained(source, **connector_options)
         return (model, info) if wants_info else model
+
+
+def _weight_files(folder: str | os.PathLike) -> dict[Path, int]:
+    """Single weight files and shard indices of a folder, with the time they were written (ns)."""
+    files = [path for pattern in _WHOLE_FILES for path in Path(folder).glob(pattern)]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def _remove_other_layout(before: dict[Path, int], after: dict[Path, int]) -> None:
+    """A single file that stayed behind would be loaded instead of the shards just written, and the other way round an
+    index would name shards that are gone."""
+    written = {path for path, time in after.items() if before.get(path) != time}
+    if written:
+        for path in set(after) - written:
+            path.unlink()
 
 
 def _check_model_type(source: str, raw_config: dict[str, Any]) -> None:
@@ -250,6 +302,15 @@ def _forget_key_mapping(model, key_mapping: dict[str, str] | None) -> None:
     if key_mapping and conversions:
         targets = set(key_mapping.values())
         model._weight_conversions = [c for c in conversions if not targets & set(c.target_patterns)]
+
+
+def _stored_keys(folder: Path) -> list[str]:
+    """Names of the tensors in a local checkpoint; empty if it has none in safetensors."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            return list(file.keys())
+    return list(json.loads(index.read_text())["weight_map"]) if index.is_file() else []
 
 
 def _check_files(source: str, variant: str | None) -> None:

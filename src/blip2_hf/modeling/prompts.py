@@ -92,6 +92,15 @@ def prompt_behind_ids(prompt: Prompt, embedding: torch.nn.Module) -> Iterator[No
             hook.remove()
 
 
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raises ValueError unless these are integer ids [B, T] with at least one row and one token."""
+    if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
+        raise ValueError(
+            f"`input_ids` must be integers of shape [batch, tokens], at least one of each; got {input_ids.dtype} of "
+            f"shape {tuple(input_ids.shape)}"
+        )
+
+
 def match_rows(image_embeds: torch.Tensor, rows: int) -> torch.Tensor:
     """One image per row of text; a single image serves all rows.
 
@@ -127,8 +136,7 @@ def prompt_from_ids(
     Raises:
         ValueError: if a row has not exactly Q placeholders, or shapes do not fit.
     """
-    if input_ids.ndim != 2:
-        raise ValueError(f"`input_ids` must have shape [batch, tokens], got {tuple(input_ids.shape)}")
+    check_ids(input_ids)
     mask = _checked_mask(attention_mask, input_ids)
     images = match_rows(images, input_ids.shape[0])
     if image_token_id is None:
@@ -211,15 +219,18 @@ def _checked_mask(attention_mask: torch.Tensor | None, like: torch.Tensor) -> to
 def _check_placeholders(
     is_image: torch.Tensor, mask: torch.Tensor, queries: int, image_token_id: int, argument: str
 ) -> None:
-    if torch.compiler.is_compiling():  # the counts are values, which a compiled graph cannot look at
-        return
     counts = is_image.sum(dim=1)
+    hidden = is_image & (mask == 0)
+    if torch.compiler.is_compiling():  # a graph cannot look at values, but it can carry the checks along
+        torch._assert_async((counts == queries).all(), f"every row must have {queries} image placeholders")
+        torch._assert_async(~hidden.any(), "`attention_mask` must be 1 at the image placeholders")
+        return
     if (counts != queries).any():
         raise ValueError(
             f"`{argument}` must have {queries} image placeholders (token {image_token_id}) in every row, got "
             f"{counts.tolist()}; `Blip2Processor` inserts them when it is given images and text"
         )
-    if (is_image & (mask == 0)).any():
+    if hidden.any():
         raise ValueError("`attention_mask` must be 1 at the image placeholders, got 0: the image would not be seen")
 
 

@@ -284,6 +284,7 @@ class Blip2QFormerModel(PreTrainedModel):
     """
 
     config: Blip2QFormerConfig
+    config_class = Blip2QFormerConfig
     base_model_prefix = "qformer"
     supports_gradient_checkpointing = True
     _supports_sdpa = True

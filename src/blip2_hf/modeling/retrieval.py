@@ -14,12 +14,24 @@ from ..outputs import Blip2ImageTextMatchingModelOutput
 from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
-from .prompts import pad_right
+from .prompts import check_ids, pad_right
 from .qformer import Blip2TextEmbeddings
 
 
 class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
     """Scores of images and texts: ITC by cosine similarity, ITM by a two-way classifier."""
+
+    _parts = frozenset(
+        {
+            "vision_model",
+            "query_tokens",
+            "qformer",
+            "embeddings",
+            "vision_projection",
+            "text_projection",
+            "itm_head",
+        }
+    )
 
     def __init__(self, config: Blip2Config):
         super().__init__(config)
@@ -51,7 +63,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         """[N, Q, 256] unit vectors, one per query; arguments as in `encode_image`."""
-        encoded = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+        encoded = self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
         return self._image_vectors(encoded.query_output)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,19 +81,12 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
     ) -> torch.Tensor:
         """[pairs, Q, D]: the queries after seeing image and text (pairs as in `match`)."""
         if isinstance(image_embeds, EncodedImages):
-            images = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+            images = self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
         else:  # a single pass needs no cache, and none of the queries alone
             features = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
             images = features.last_hidden_state
         outputs = self._multimodal_pass(images, input_ids, attention_mask)
         return outputs.last_hidden_state[:, : self.config.num_query_tokens]
-
-    def _encoded(self, pixel_values, image_embeds, vision_features, interpolate_pos_encoding) -> EncodedImages:
-        if isinstance(image_embeds, EncodedImages):
-            if pixel_values is not None or vision_features is not None:
-                raise ValueError("`image_embeds` (encoded images) must be the only image input, got others as well")
-            return image_embeds
-        return self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
 
     def _image_vectors(self, query_output: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(self.vision_projection(query_output.to(self._head_dtype)), dim=-1)
@@ -116,12 +121,14 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             encoded: N images from `encode_image` (index it to choose pairs: `encoded[[0, 0, 2]]`).
             input_ids: [M, T]; attention_mask: [M, T], 1 = real, default all.
         """
+        _check_encoded(encoded)
         return self._match_logits(self._multimodal_pass(encoded, input_ids, attention_mask))
 
     def match_matrix(
         self, encoded: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """ITM logits of every image with every text, [N, M, 2]; arguments as in `match`."""
+        _check_encoded(encoded)
         _check_text(input_ids, attention_mask)
         outputs = self._pair_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask))
         return self._match_logits(outputs).unflatten(0, (len(encoded), -1))
@@ -175,8 +182,8 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_embeds: torch.Tensor | EncodedImages | None = None,
-        vision_features: torch.Tensor | None = None,
         use_image_text_matching_head: bool = False,
+        vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -210,7 +217,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         input_ids, attention_mask = self._without_placeholders(input_ids, attention_mask)
         vision_outputs, queries = None, None
         if isinstance(image_embeds, EncodedImages):
-            images = self._encoded(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
+            images = self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
             features, queries = images.image_embeds, images.query_output
         else:
             tower = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding, **flags)
@@ -258,10 +265,17 @@ def _all_pairs(
     return input_ids.repeat(images, 1), mask
 
 
+def _check_encoded(encoded: EncodedImages) -> None:
+    if not isinstance(encoded, EncodedImages):
+        raise ValueError(f"`encoded` must be what `encode_image` returns, got {type(encoded).__name__}")
+    if not len(encoded):
+        raise ValueError("`encoded` must hold at least one image, got none")
+
+
 def _check_text(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    if input_ids is None or input_ids.ndim != 2 or not input_ids.shape[1]:
-        shape = None if input_ids is None else tuple(input_ids.shape)
-        raise ValueError(f"`input_ids` must have shape [texts, tokens], got {shape}")
+    if input_ids is None:
+        raise ValueError("`input_ids` must be given, got None")
+    check_ids(input_ids)
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "

@@ -41,6 +41,7 @@ class Blip2AutoVisionModel(PreTrainedModel):
     """
 
     config: Blip2Config
+    config_class = Blip2Config
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -56,6 +57,11 @@ class Blip2AutoVisionModel(PreTrainedModel):
         from transformers import AutoModel
 
         tower_config = config.vision_config
+        if getattr(tower_config, "mask_ratio", 0):
+            raise ValueError(
+                f"`vision_config` of model_type {tower_config.model_type!r} drops patches at random (`mask_ratio` "
+                f"{tower_config.mask_ratio}); set it to 0"
+            )
         try:
             self.tower = AutoModel.from_config(tower_config)
         except ValueError as error:
@@ -104,10 +110,11 @@ class Blip2AutoVisionModel(PreTrainedModel):
         if self._taps:
             tap = self.tower.get_submodule(self._layers_name)[-1]
             features, tap.features = tap.features, None
-        if features.ndim != 3 or features.shape[0] != pixel_values.shape[0]:
+        if features.ndim != 3 or features.shape[::2] != (pixel_values.shape[0], config.hidden_size):
             raise ValueError(
                 f"`vision_config` of model_type {config.model_type!r} is not a tower that can be used: its features "
-                f"of {pixel_values.shape[0]} images have shape {tuple(features.shape)}, not [images, tokens, width]"
+                f"of {pixel_values.shape[0]} images have shape {tuple(features.shape)}, not [images, tokens, "
+                f"{config.hidden_size}]"
             )
         return BaseModelOutput(
             last_hidden_state=features,

@@ -136,6 +136,7 @@ class Blip2VisionModel(PreTrainedModel):
     """
 
     config: Blip2VisionConfig
+    config_class = Blip2VisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -239,7 +240,7 @@ def check_pixel_values(
     pixel_values: torch.Tensor, image_size: int, patch_size: int, interpolate_pos_encoding: bool
 ) -> None:
     """Raises ValueError unless `pixel_values` is [B, 3, H, W] of a size that the position embeddings cover."""
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.shape[0]:
         raise ValueError(f"`pixel_values` must have shape [batch, 3, height, width], got {tuple(pixel_values.shape)}")
     height, width = pixel_values.shape[-2:]
     if not interpolate_pos_encoding and (height, width) != (image_size, image_size):
