@@ -146,6 +146,23 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
             Blip2Processor.from_pretrained(tmp_path)
 
 
+def test_a_connector_uses_the_files_of_its_checkpoint(tmp_path: Path) -> None:
+    full, connector = tmp_path / "full", tmp_path / "connector"
+    make("opt", suffix_end="a").save_pretrained(full)
+    connector.mkdir()
+    (connector / "config.json").write_text(json.dumps({"connector_of": str(full)}))
+    processor = Blip2Processor.from_pretrained(connector)
+    assert processor.to_dict() == Blip2Processor.from_pretrained(full).to_dict()
+    nested = Blip2Processor.from_pretrained(tmp_path, subfolder="connector", suffix_end="b")
+    assert nested.suffix_end == "b" and nested.num_query_tokens == QUERIES
+    make("opt", suffix_end="c").save_pretrained(connector)  # its own files win
+    assert Blip2Processor.from_pretrained(connector).suffix_end == "c"
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "config.json").write_text(json.dumps({"connector_of": "nobody/nothing"}))
+    with pytest.raises(OSError, match="nobody/nothing"):
+        Blip2Processor.from_pretrained(tmp_path / "lost")
+
+
 def test_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="Salesforce/blip2-opt-2.7b"):

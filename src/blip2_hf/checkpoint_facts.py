@@ -7,6 +7,8 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+
 
 def read_json(name: str, filename: str, **hub: Any) -> dict[str, Any]:
     """A file of a checkpoint; empty if the checkpoint does not have it."""
@@ -26,6 +28,18 @@ def read_json(name: str, filename: str, **hub: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def processor_origin(name: str, config: dict[str, Any], **hub: Any) -> str | None:
+    """The checkpoint whose processor a connector-only checkpoint uses; None if `name` has processor files itself.
+
+    Args:
+        config: the `config.json` of `name`.
+    """
+    origin = config.get("connector_of")
+    if not origin or any(read_json(name, filename, **hub) for filename in _PROCESSOR_FILES):
+        return None
+    return str(origin)
 
 
 def has_no_image_token(config: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint_facts import generation_end, has_no_image_token, is_encoder_decoder, read_json
+from .checkpoint_facts import generation_end, has_no_image_token, is_encoder_decoder, processor_origin, read_json
 from .checkpoints import resolve_checkpoint
 from .image_loading import ImageSource
 from .image_processing import IMAGE_SETTINGS, Blip2ImageProcessor, as_image_list
@@ -381,6 +381,8 @@ class Blip2Processor(ProcessorMixin):
     ) -> "Blip2Processor":
         """Load from a folder, a Hub id or a short name such as "blip2-opt-2.7b".
 
+        For a connector-only checkpoint without files of a processor: those of the checkpoint it belongs to.
+
         Args:
             settings: `num_query_tokens`, `is_encoder_decoder` and `suffix_end`, instead of what is saved or found.
 
@@ -391,13 +393,13 @@ class Blip2Processor(ProcessorMixin):
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained got unknown arguments: {', '.join(unknown)}")
         name = resolve_checkpoint(pretrained_model_name_or_path)
-        hub = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-            "revision": revision,
-        }
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        hub |= {"token": token, "revision": revision}
+        config = read_json(name, "config.json", subfolder=subfolder, **hub)
+        generation = read_json(name, "generation_config.json", subfolder=subfolder, **hub)
+        origin = processor_origin(name, config, subfolder=subfolder, **hub)
+        if origin is not None:  # revision and subfolder are the connector's
+            name, subfolder, hub["revision"] = resolve_checkpoint(origin), "", "main"
         image_processor = Blip2ImageProcessor.from_pretrained(name, subfolder=subfolder, **hub)
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder, **hub)
         qformer_tokenizer = None
@@ -406,11 +408,9 @@ class Blip2Processor(ProcessorMixin):
             qformer_tokenizer = AutoTokenizer.from_pretrained(name, subfolder=qformer_folder, **hub)
         saved = read_json(name, "processor_config.json", subfolder=subfolder, **hub)
         saved = {key: saved[key] for key in _OWN_SETTINGS if saved.get(key) is not None}
-        config = read_json(name, "config.json", subfolder=subfolder, **hub)
         if "num_query_tokens" in saved and has_no_image_token(config):
             logger.warning(f"{name}: the model has no image placeholder (image_token_index), so rows get none")
             del saved["num_query_tokens"]
-        generation = read_json(name, "generation_config.json", subfolder=subfolder, **hub)
         found = {
             "is_encoder_decoder": is_encoder_decoder(config),
             "suffix_end": generation_end(config, generation, tokenizer),

@@ -65,3 +65,11 @@ def test_more_answers_than_beams(blip2, checkpoint, photos) -> None:
     done = blip2("ask", photos["chelsea"], QUESTIONS[0], "--model", checkpoint("opt"), "--top-k", "6")
     assert (done.code, done.out) == (1, [])
     assert len(done.err) == 1 and "`top_k` must be at most the number of beams" in done.err[0]
+
+
+@pytest.mark.parametrize("question", ["", " \t"])
+def test_an_empty_question(blip2, photos, question) -> None:
+    """It is found before a model is loaded."""
+    done = blip2("ask", photos["chelsea"], QUESTIONS[0], question, "--model", "nobody/nothing")
+    assert (done.code, done.out) == (2, [])
+    assert "error: argument QUESTION: must not be empty" in done.err[-1]

@@ -37,6 +37,15 @@ def test_without_a_prompt(blip2, checkpoint, photos) -> None:
     assert json.loads(done.out[0])["prompt"] == ""
 
 
+def test_a_connector_without_processor_files(blip2, checkpoint, photos, tmp_path) -> None:
+    from blip2_hf import Blip2ForConditionalGeneration
+
+    Blip2ForConditionalGeneration.from_pretrained(checkpoint("opt")).save_pretrained(tmp_path, connector_only=True)
+    expected = blip2("caption", photos["chelsea"], "--model", checkpoint("opt"))
+    done = blip2("caption", photos["chelsea"], "--model", tmp_path)
+    assert (done.code, done.err, done.out) == (0, [], expected.out)
+
+
 def test_json_is_one_object_per_image(blip2, checkpoint, photos) -> None:
     paths = [photos[name] for name in PHOTOS]
     done = blip2("caption", *paths, "--model", checkpoint("llama"), "--json", "--batch-size", "2")

@@ -121,6 +121,12 @@ def test_lists(describe, photos) -> None:
     assert describe([]) == []
 
 
+def test_images_by_the_name_of_transformers_4(describe, photos) -> None:
+    paths = [photos["chelsea"], photos["coffee"]]
+    assert describe(images=paths[0]) == describe(paths[0])
+    assert describe(images=paths) == describe(paths)
+
+
 def test_a_four_dimensional_array_is_a_list(describe) -> None:
     arrays = np.stack([np.asarray(photo(name).resize((40, 40))) for name in PHOTOS])
     assert describe(arrays) == [describe(array) for array in arrays]
@@ -306,8 +312,10 @@ def test_unreadable_images_are_named(describe, photos, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "`inputs` or `image_embeds`, got none"),
-        ({"inputs": "a.png", "image_embeds": torch.zeros(1, 5, 32)}, "got both"),
+        ({}, "exactly one of `inputs`, `images` and `image_embeds`, got none"),
+        ({"inputs": "a.png", "image_embeds": torch.zeros(1, 5, 32)}, "got `inputs` and `image_embeds`"),
+        ({"inputs": "a.png", "images": "a.png"}, "got `inputs` and `images`"),
+        ({"images": 3}, "`inputs` must be an image, a list, a dataset or a generator, got int"),
         ({"inputs": 3}, "`inputs` must be an image, a list, a dataset or a generator, got int"),
         ({"inputs": [["a.png"]]}, "`inputs` must be a path"),
         ({"inputs": {"picture": "a.png"}}, "`inputs` as a dictionary must have"),

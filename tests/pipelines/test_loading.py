@@ -85,6 +85,43 @@ def test_dtype(dtype, checkpoint, photos) -> None:
     assert isinstance(pipe(photos["chelsea"])[0]["generated_text"], str)
 
 
+def test_older_name_of_dtype(checkpoint) -> None:
+    folder = checkpoint("opt")
+    assert pipeline("image-to-text", model=folder, torch_dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert pipeline("vqa", model=folder, torch_dtype="bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`dtype` and `torch_dtype`"):
+        pipeline("image-to-text", model=folder, dtype="float16", torch_dtype="float16")
+    model = Blip2ForConditionalGeneration.from_pretrained(folder)
+    with pytest.raises(ValueError, match="`dtype` is for a model that is loaded by name"):
+        pipeline("image-to-text", model=model, torch_dtype="float16")
+
+
+@pytest.mark.parametrize("pipeline_class", [Blip2ImageToTextPipeline, Blip2VisualQuestionAnsweringPipeline])
+def test_classes_refuse_what_transformers_drops_in_silence(pipeline_class, checkpoint) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(checkpoint("opt"))
+    for name in ("dtype", "torch_dtype"):
+        for dtype in (torch.bfloat16, "bfloat16"):
+            with pytest.raises(ValueError, match=f"`{name}` cannot be .*bfloat16 for a model that is loaded already"):
+                pipeline_class(model, **{name: dtype})
+        for dtype in (torch.float32, "float32", "auto", None):
+            assert pipeline_class(model, **{name: dtype}).model.dtype == torch.float32
+    with pytest.raises(TypeError, match="`args_parser`"):
+        pipeline_class(model, args_parser=print)
+
+
+def test_a_connector_has_the_processor_of_its_checkpoint(checkpoint, photos, tmp_path) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(checkpoint("opt"))
+    with torch.no_grad():
+        model.query_tokens += 1
+    model.save_pretrained(tmp_path, connector_only=True)
+    assert not list(tmp_path.glob("*processor*")) and not list(tmp_path.glob("token*"))
+    processor = Blip2Processor.from_pretrained(checkpoint("opt"))
+    expected = pipeline("image-to-text", model=model, processor=processor)(photos["chelsea"], **OPTIONS)
+    loaded = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
+    for source in (tmp_path, str(tmp_path), loaded):
+        assert pipeline("image-to-text", model=source)(photos["chelsea"], **OPTIONS) == expected
+
+
 def test_dtype_of_the_checkpoint_is_the_default(checkpoint, tmp_path) -> None:
     assert pipeline("image-to-text", model=checkpoint("opt")).model.dtype == torch.float32
     pipeline("image-to-text", model=checkpoint("opt"), dtype="bfloat16").save_pretrained(tmp_path)
@@ -189,6 +226,8 @@ def test_our_class_in_their_function(family, checkpoint, photos) -> None:
     pipe = their_pipeline(model, processor=processor, pipeline_class=Blip2ImageToTextPipeline)
     assert type(pipe) is Blip2ImageToTextPipeline and pipe.model is model and pipe.processor is processor
     assert pipe(photos["chelsea"], **OPTIONS) == expected
+    pipe = their_pipeline(folder, pipeline_class=Blip2ImageToTextPipeline, dtype="bfloat16")
+    assert pipe.model.dtype == torch.bfloat16
     pipe = their_pipeline(folder, pipeline_class=Blip2ImageToTextPipeline, batch_size=2, **OPTIONS)
     assert isinstance(pipe.model, Blip2ForConditionalGeneration)
     assert pipe([photos["chelsea"]] * 3) == [expected] * 3

@@ -116,15 +116,32 @@ def test_score_without_beams(answer, photos) -> None:
 def test_score_ends_at_the_end_token(answer) -> None:
     from types import SimpleNamespace
 
-    from blip2_hf.pipelines.scores import sequence_scores
+    from blip2_hf.pipelines.scores import sequence_log_scores
 
     half = torch.tensor([[0.0, 0.0]]).repeat(2, 1)  # two tokens of probability 1/2, for two sequences
     outputs = SimpleNamespace(logits=(half, half, half))
     tokens = torch.tensor([[0, 1, 0], [0, 0, 0]])  # 1 ends
     config = SimpleNamespace(eos_token_id=[1], length_penalty=0.0)
-    assert sequence_scores(outputs, tokens, config).tolist() == pytest.approx([1 / 4, 1 / 8])
+    assert sequence_log_scores(outputs, tokens, config).exp().tolist() == pytest.approx([1 / 4, 1 / 8])
     config.length_penalty = 1.0
-    assert sequence_scores(outputs, tokens, config).tolist() == pytest.approx([1 / 2, 1 / 2])
+    assert sequence_log_scores(outputs, tokens, config).exp().tolist() == pytest.approx([1 / 2, 1 / 2])
+
+
+def test_answers_are_ranked_where_scores_underflow() -> None:
+    from blip2_hf.pipelines.visual_question_answering import _best
+
+    ranked = [("third", -3000.0), ("first", -1000.0), ("second", -2000.0), ("also second", -2000.0), ("first", -4000.0)]
+    assert _best(ranked) == [{"answer": name, "score": 0.0} for name in ("first", "second", "also second", "third")]
+
+
+def test_long_answers_keep_the_order_of_beam_search(answer, photos) -> None:
+    options = {**VQA, "max_new_tokens": 40, "min_new_tokens": 40}
+    result = answer(photos["chelsea"], QUESTIONS[0], top_k=5, generate_kwargs=options)
+    assert {entry["score"] for entry in result} == {0.0}, "too short to show anything"
+    prompt = answer._default_prompt().replace("{}", QUESTIONS[0])
+    inputs = answer.processor(images=photos["chelsea"], text=prompt, return_tensors="pt")
+    tokens = answer.new_tokens(answer.model.generate(**inputs, **options, num_return_sequences=5), inputs["input_ids"])
+    assert [entry["answer"] for entry in result] == list(dict.fromkeys(answer.decode(tokens)))
 
 
 def test_top_k(answer, photos) -> None:
@@ -219,6 +236,10 @@ def test_datasets_and_generators(answer, photos) -> None:
         ({"image": ["a.png", "b.png"]}, "`question` must be given"),
         ({"image": {"image": "a.png"}}, "`question` must be given"),
         ({"image": "a.png", "question": []}, "`question` must be a string or a list of strings"),
+        ({"image": "a.png", "question": ""}, "`question` must be a text that is not empty, got ''"),
+        ({"image": "a.png", "question": ["x", " \n"]}, "`question` must be a text that is not empty"),
+        ({"image": {"image": "a.png", "question": " "}}, "`question` must be a text that is not empty"),
+        ({"image": [{"image": "a.png", "question": ["x", ""]}]}, "`question` must be a text that is not empty"),
         ({"image": "a.png", "question": [1]}, "`question` must be a string or a list of strings"),
         ({"image": {"image": "a.png", "question": "x"}, "question": "y"}, "`question` is given twice"),
         ({"image": "a.png", "question": "x", "prompt": "Question: Answer:"}, "`prompt` must have {} where"),

@@ -13,6 +13,7 @@ from .common import (
     new_parser,
     positive,
     print_result,
+    question,
     quiet_libraries,
     read_image,
     template,
@@ -33,7 +34,9 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the parser."""
     parser = new_parser(commands, "ask", "answer questions about an image", run, epilog=_EXAMPLES)
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
-    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="the image is encoded once for all of them")
+    parser.add_argument(
+        "questions", nargs="+", type=question, metavar="QUESTION", help="the image is encoded once for all of them"
+    )
     prompts = ", ".join(f'"{prompt}" ({kind})' for kind, prompt in VQA_PROMPTS.items())
     parser.add_argument("--prompt", type=template, help=f"with {{}} for the question (default: {prompts})")
     parser.add_argument("--top-k", type=positive, default=1, metavar="N", help="answers per question (default: 1)")
@@ -66,10 +69,10 @@ def _ask(args: argparse.Namespace, image: Image.Image) -> None:
         results = pipe(
             image, args.questions, top_k=args.top_k, prompt=args.prompt, generate_kwargs=options, progress=False
         )
-    for question, answers in zip(args.questions, results, strict=True):
-        data = {"image": args.image, "question": question, **answers[0], "answers": answers, "model": args.model}
+    for asked, answers in zip(args.questions, results, strict=True):
+        data = {"image": args.image, "question": asked, **answers[0], "answers": answers, "model": args.model}
         lines = [
             f"{answer['answer']}\t{answer['score']:.3g}" if args.top_k > 1 else answer["answer"] for answer in answers
         ]
         for line in lines[: 1 if args.json else None]:
-            print_result(args, data, line if len(args.questions) == 1 else f"{question} {line}")
+            print_result(args, data, line if len(args.questions) == 1 else f"{asked} {line}")

@@ -88,6 +88,13 @@ def template(text: str) -> str:
     return text
 
 
+def question(text: str) -> str:
+    """A question from the command line."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Wider than argparse's default of 24 columns for the names, so that more options fit on one line."""
 

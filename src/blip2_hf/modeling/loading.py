@@ -73,9 +73,10 @@ class CheckpointMixin:
         if raw_config.get("connector_of"):
             return cls._from_connector(source, config, wants_info, hub_options, *model_args, **kwargs)
         _check_files(source, kwargs.get("variant"))
-        if raw_config.get("model_type") == "instructblip" and "key_mapping" not in kwargs:
-            kwargs["key_mapping"] = dict(_INSTRUCTBLIP_KEYS)
-        cls._check_parts(source)
+        if "key_mapping" not in kwargs:
+            cls._check_parts(source)
+            if raw_config.get("model_type") == "instructblip":
+                kwargs["key_mapping"] = dict(_INSTRUCTBLIP_KEYS)
         # Other shapes are let through here, for `_check_keys` to name them.
         other_shapes_allowed = kwargs.pop("ignore_mismatched_sizes", False)
         try:

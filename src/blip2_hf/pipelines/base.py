@@ -60,7 +60,9 @@ class Blip2Pipeline(Pipeline):
         kwargs: what a call takes as well; the defaults of every call.
 
     Raises:
-        ValueError: for another model, or a missing processor, or one that does not fit the model.
+        ValueError: for another model, or a missing processor, or one that does not fit the model; for a `dtype` that
+            the model does not have (it is converted where it is loaded: `blip2_hf.pipeline(..., dtype=...)`).
+        TypeError: for arguments that nobody takes.
     """
 
     # The processor is found by ourselves: `transformers` would load its own class.
@@ -81,6 +83,7 @@ class Blip2Pipeline(Pipeline):
         **kwargs: Any,
     ) -> None:
         model = our_model(model)
+        _check_dropped(model, kwargs)
         image_processor = feature_extractor if image_processor is None else image_processor
         processor = find_processor(model, processor, tokenizer, image_processor)
         if kwargs.get("batch_size") is not None:
@@ -269,6 +272,23 @@ def check_batch_size(batch_size: Any) -> None:
     """Raises ValueError unless `batch_size` is a positive integer."""
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}")
+
+
+def _check_dropped(model: torch.nn.Module, given: dict[str, Any]) -> None:
+    """Raises for arguments that `transformers.Pipeline` drops in silence.
+
+    Its function `pipeline` hands on the dtype that it has loaded the model in, which is not an error.
+    """
+    if given.get("args_parser") is not None:
+        raise TypeError("`args_parser` is not an argument of this pipeline")
+    for name in ("dtype", "torch_dtype"):
+        dtype = given.get(name)
+        expected = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if expected not in (None, "auto") and all(tensor.dtype != expected for tensor in model.parameters()):
+            raise ValueError(
+                f"`{name}` cannot be {dtype} for a model that is loaded already, in {model.dtype}: load it with "
+                f"`dtype`, or convert it with `model.to({expected})`"
+            )
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

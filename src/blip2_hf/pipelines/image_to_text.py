@@ -30,6 +30,7 @@ class Blip2ImageToTextPipeline(Blip2Pipeline):
         self,
         inputs: Any = None,
         *,
+        images: Any = None,
         image_embeds: EncodedImages | torch.Tensor | None = None,
         prompt: str | None = None,
         max_new_tokens: int | None = None,
@@ -43,6 +44,7 @@ class Blip2ImageToTextPipeline(Blip2Pipeline):
         Args:
             inputs: an image: path, URL, bytes, file object, PIL image, array, or one image from `encode_image`; a
                 list of them; a dataset or generator of them, or of dictionaries with "image" or "image_embeds".
+            images: instead of `inputs`: another name of it, as in `transformers` 4.
             image_embeds: instead of `inputs`: one encoded image, or its features [1, P, E] after `ln_vision`.
             prompt: text that the model continues; the same for all images. Default: none.
             max_new_tokens: longest text in tokens.
@@ -57,9 +59,14 @@ class Blip2ImageToTextPipeline(Blip2Pipeline):
         Raises:
             ValueError: for an image that cannot be read, naming it; for wrong arguments, naming them.
         """
-        if (inputs is None) == (image_embeds is None):
-            raise ValueError("give either `inputs` or `image_embeds`, got " + ("none" if inputs is None else "both"))
-        if image_embeds is not None:
+        named = {"inputs": inputs, "images": images, "image_embeds": image_embeds}
+        given = [name for name, value in named.items() if value is not None]
+        if len(given) != 1:
+            got = " and ".join(f"`{name}`" for name in given) or "none"
+            raise ValueError(f"give exactly one of `inputs`, `images` and `image_embeds`, got {got}")
+        if images is not None:
+            inputs = images
+        elif image_embeds is not None:
             inputs = {"image_embeds": one_embedding(image_embeds, "image_embeds")}
         return self._answer(
             inputs,

@@ -32,6 +32,7 @@ def pipeline(task: str | None = None, model: Any = None, *args: Any, **kwargs: A
         processor: a `Blip2Processor`, or the name or folder of one; default: the model's.
         device: "cpu", "cuda:1", a number, …; default: the first accelerator, else the CPU.
         dtype: of the weights: a `torch.dtype`, its name, or "auto", what the checkpoint has (the default).
+            `torch_dtype` is its older name.
         device_map, revision, token, model_kwargs: further arguments of `from_pretrained` of the model; `revision` and
             `token` of the processor, too.
         batch_size, num_workers, progress: see `Blip2Pipeline`.
@@ -57,6 +58,7 @@ def _build(
     processor: Any = None,
     device: int | str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -67,6 +69,10 @@ def _build(
         raise ValueError(
             f"`model` must be given for {task!r}: a folder, a Hub id or a short name like 'blip2-opt-2.7b'"
         )
+    if torch_dtype is not None:
+        if dtype is not None:
+            raise ValueError("`dtype` and `torch_dtype`, its older name, exclude each other")
+        dtype = torch_dtype
     loading = {"dtype": dtype, "device_map": device_map, "revision": revision, "token": token}
     loading = {name: value for name, value in loading.items() if value is not None} | (model_kwargs or {})
     if isinstance(model, str | os.PathLike):

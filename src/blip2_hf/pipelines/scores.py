@@ -11,8 +11,8 @@ import torch
 from transformers.generation import GenerationConfig
 
 
-def sequence_scores(outputs: Any, tokens: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """exp(log p / n ** length_penalty) of each sequence, n the number of its new tokens with the end token: [R].
+def sequence_log_scores(outputs: Any, tokens: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """log p / n ** length_penalty of each sequence, n the number of its new tokens with the end token: [R], float64.
 
     With beams it is what they were ranked by; otherwise it is computed from the logits (not from what sampling made of
     them).
@@ -24,13 +24,13 @@ def sequence_scores(outputs: Any, tokens: torch.Tensor, config: GenerationConfig
     """
     ranked = getattr(outputs, "sequences_scores", None)
     if ranked is not None:
-        return ranked.double().exp()  # with a length penalty of -1 they reach where float32 ends
+        return ranked.double()  # for `exp`: with a length penalty of -1 they reach where float32 ends
     logits = torch.stack(outputs.logits, dim=1).double()
     tokens = tokens.to(logits.device)
     chosen = logits.log_softmax(dim=-1).gather(2, tokens[..., None]).squeeze(2)
     real = _up_to_end(tokens, config.eos_token_id)
     penalty = 1.0 if config.length_penalty is None else config.length_penalty
-    return ((chosen * real).sum(dim=1) / real.sum(dim=1) ** penalty).exp()
+    return (chosen * real).sum(dim=1) / real.sum(dim=1) ** penalty
 
 
 def _up_to_end(tokens: torch.Tensor, eos_token_id: int | list[int] | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from ..modeling.encoded import EncodedImages
 from ..presets import VQA, vqa_prompt
 from .base import Blip2Pipeline, Results
 from .requests import Request, as_list, is_image, lazily, one_embedding, one_image
-from .scores import sequence_scores
+from .scores import sequence_log_scores
 
 Answers = list[dict[str, Any]]
 
@@ -66,10 +67,11 @@ class Blip2VisualQuestionAnsweringPipeline(Blip2Pipeline):
             The score is exp(log p(answer) / n ** length_penalty), n the number of its tokens with the end token: what
             beam search ranks by (`sequences_scores`), as a number between 0 and 1. With the paper's length penalty of
             -1 it is p ** n, with 1 the geometric mean of the tokens' probabilities, with 0 the answer's probability.
-            Without beams, length_penalty is 1 unless given.
+            Without beams, length_penalty is 1 unless given. For long answers p ** n can be too small for a number and
+            then is 0.0; answers are in the order of its logarithm all the same, and in that of beam search if equal.
 
         Raises:
-            ValueError: for an image that cannot be read, naming it; for wrong arguments, naming them.
+            ValueError: for an image that cannot be read, naming it; for an empty question; for wrong arguments.
         """
         if (image is None) == (image_embeds is None):
             raise ValueError("give either `image` or `image_embeds`, got " + ("none" if image is None else "both"))
@@ -140,27 +142,27 @@ class Blip2VisualQuestionAnsweringPipeline(Blip2Pipeline):
         )
         tokens = self.new_tokens(outputs.sequences, inputs["input_ids"])
         answers = self.decode(tokens)
-        scores = sequence_scores(outputs, tokens, settings).tolist()
-        ranked = [{"answer": answer, "score": score} for answer, score in zip(answers, scores, strict=True)]
+        ranked = list(zip(answers, sequence_log_scores(outputs, tokens, settings).tolist(), strict=True))
         return [_best(ranked[start : start + top_k]) for start in range(0, len(ranked), top_k)]
 
 
-def _best(answers: Answers) -> Answers:
-    """Best first, each answer once."""
-    found: dict[str, dict[str, Any]] = {}
-    for answer in sorted(answers, key=lambda answer: -answer["score"]):
-        found.setdefault(answer["answer"], answer)
-    return list(found.values())
+def _best(answers: list[tuple[str, float]]) -> Answers:
+    """Answers with the logarithms of their scores: best first, each answer once. Equal ones stay in their order."""
+    found: dict[str, float] = {}
+    for answer, log_score in sorted(answers, key=lambda entry: -entry[1]):
+        found.setdefault(answer, log_score)
+    return [{"answer": answer, "score": math.exp(log_score)} for answer, log_score in found.items()]
 
 
 def _questions(question: Any) -> tuple[tuple[str, ...], int | None]:
     """Texts, and how many results they are: None for one, a number for a list."""
-    if isinstance(question, str):
-        return (question,), None
-    texts = tuple(question) if isinstance(question, Sequence) else ()
+    one = isinstance(question, str)
+    texts = (question,) if one else tuple(question) if isinstance(question, Sequence) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`question` must be a string or a list of strings, got {question!r}")
-    return texts, len(texts)
+    if not all(text.strip() for text in texts):
+        raise ValueError(f"`question` must be a text that is not empty, got {question!r}")
+    return texts, None if one else len(texts)
 
 
 @dataclass(frozen=True)
