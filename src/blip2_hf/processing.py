@@ -55,9 +55,9 @@ class Blip2Processor(ProcessorMixin):
         image_processor: `Blip2ImageProcessor`, or any other of `transformers`.
         tokenizer: the language model's; for retrieval the Q-Former's (BERT with "[DEC]"). Gets the token
             "<image>" if it lacks an image token and `num_query_tokens` is set.
-        qformer_tokenizer: BERT's, for a Q-Former that reads the question (paper, figure 7; InstructBLIP).
         num_query_tokens: Q, how many placeholders stand for an image. None: no placeholders, as for retrieval and
             for the oldest checkpoints, whose models put the image first by themselves.
+        qformer_tokenizer: BERT's, for a Q-Former that reads the question (paper, figure 7; InstructBLIP).
         is_encoder_decoder: whether the language model is one (T5, BART). None: `from_pretrained` finds out from
             the `config.json` beside it; without one it is assumed if the tokenizer ends every text with its end
             token, as those of T5 and BART do and those of decoder-only models do not unless told to.
@@ -73,8 +73,8 @@ class Blip2Processor(ProcessorMixin):
         self,
         image_processor: Any,
         tokenizer: PreTrainedTokenizerBase,
-        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         num_query_tokens: int | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         is_encoder_decoder: bool | None = None,
         suffix_end: str | None = None,
     ) -> None:
@@ -415,7 +415,7 @@ class Blip2Processor(ProcessorMixin):
             "is_encoder_decoder": is_encoder_decoder(config),
             "suffix_end": generation_end(config, generation, tokenizer),
         }
-        return cls(image_processor, tokenizer, qformer_tokenizer, **found | saved | settings)
+        return cls(image_processor, tokenizer, qformer_tokenizer=qformer_tokenizer, **found | saved | settings)
 
 
 def _merged(group: str, options: dict[str, Any], grouped: Mapping[str, Any] | None) -> dict[str, Any]:

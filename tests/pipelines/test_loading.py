@@ -189,7 +189,10 @@ def test_a_processor_that_does_not_fit(checkpoint) -> None:
         with pytest.raises(ValueError, match="`processor` does not fit the model: it writes"):
             pipeline("image-to-text", model=model, processor=processor)
     reading = Blip2Processor(
-        peer.image_processor, peer.tokenizer, tiny_tokenizers.tiny_bert_tokenizer(), num_query_tokens=4
+        peer.image_processor,
+        peer.tokenizer,
+        num_query_tokens=4,
+        qformer_tokenizer=tiny_tokenizers.tiny_bert_tokenizer(),
     )
     with pytest.raises(ValueError, match="its `qformer_tokenizer` must be None"):
         pipeline("image-to-text", model=model, processor=reading)

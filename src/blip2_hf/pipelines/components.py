@@ -94,7 +94,7 @@ def _our_processor(processor: Any) -> Blip2Processor:
     return Blip2Processor(
         _our_image_processor(processor.image_processor),
         processor.tokenizer,
-        getattr(processor, "qformer_tokenizer", None),
+        qformer_tokenizer=getattr(processor, "qformer_tokenizer", None),
         num_query_tokens=getattr(processor, "num_query_tokens", None),
     )
 
