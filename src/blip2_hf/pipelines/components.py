@@ -63,10 +63,15 @@ def find_processor(model: Any, processor: Any, tokenizer: Any = None, image_proc
     if isinstance(processor, str | os.PathLike):
         processor = Blip2Processor.from_pretrained(processor)
     elif processor is not None:
-        processor = _our_processor(processor)
+        processor = _our_processor(processor, config)
     elif tokenizer is not None and image_processor is not None:
         queries = None if config.image_token_index is None else config.num_query_tokens
-        processor = Blip2Processor(_our_image_processor(image_processor), tokenizer, num_query_tokens=queries)
+        processor = Blip2Processor(
+            _our_image_processor(image_processor),
+            tokenizer,
+            num_query_tokens=queries,
+            is_encoder_decoder=config.is_encoder_decoder,
+        )
     else:
         processor = _processor_of(config)
     _check_fits(config, processor)
@@ -86,7 +91,7 @@ def _processor_of(config: Blip2Config) -> Blip2Processor:
         ) from error
 
 
-def _our_processor(processor: Any) -> Blip2Processor:
+def _our_processor(processor: Any, config: Blip2Config) -> Blip2Processor:
     if isinstance(processor, Blip2Processor):
         return processor
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
@@ -96,6 +101,7 @@ def _our_processor(processor: Any) -> Blip2Processor:
         processor.tokenizer,
         qformer_tokenizer=getattr(processor, "qformer_tokenizer", None),
         num_query_tokens=getattr(processor, "num_query_tokens", None),
+        is_encoder_decoder=config.is_encoder_decoder,
     )
 
 
