@@ -352,7 +352,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor | Any:
         """Generates text; every option of `GenerationMixin.generate` is taken (beams, sampling, streamer, …).
 
-        The prompt is computed once per row and its cache repeated for beams and samples. Ragged prompts may be padded
+        The prompt is computed once per row; beams and samples share its keys and values. Ragged prompts may be padded
         on either side. The defaults are those of `self.generation_config`, then of the language model's own.
 
         Args:

@@ -6,6 +6,7 @@ prompt first, and the sequences of a row share its keys and values (`beam_cache`
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -86,6 +87,4 @@ def prefill_seq2seq(model: PreTrainedModel, prompt: Prompt, config: GenerationCo
 
 def position_arguments(model: PreTrainedModel, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """`position_ids` for a language model that takes them (the others derive positions from the mask)."""
-    import inspect
-
     return {"position_ids": position_ids} if "position_ids" in inspect.signature(model.forward).parameters else {}
