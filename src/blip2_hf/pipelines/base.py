@@ -6,6 +6,7 @@ Shapes: I images and R rows of text in a batch, P image tokens, E width of the t
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -123,13 +124,13 @@ class Blip2Pipeline(Pipeline):
         options = with_defaults(forward.get("generate_kwargs", {}), self._forward_params.get("generate_kwargs", {}))
         return prepare, {**forward, "generate_kwargs": with_defaults(options, self._default_options())}
 
+    @abstractmethod
     def _default_options(self) -> dict[str, Any]:
         """Generation options for what neither caller nor constructor say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _default_prompt(self) -> str | None:
         """The prompt if none is given."""
-        raise NotImplementedError
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -248,9 +249,9 @@ class Blip2Pipeline(Pipeline):
         features = torch.cat([part.to(self.device, parts[0].dtype) for part in parts])
         return {"image_embeds": features if each_once else self.model.encode_image(image_embeds=features)}
 
+    @abstractmethod
     def _generate(self, inputs: dict[str, Any], options: dict[str, Any]) -> list[Any]:
         """The result of each row."""
-        raise NotImplementedError
 
     def new_tokens(self, sequences: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """[sequences, new tokens]: what `generate` added to the prompt ids [R, S]."""
