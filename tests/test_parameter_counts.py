@@ -18,7 +18,6 @@ ORIGINAL_STAGE_2_QFORMER_AND_QUERIES = 105_162_240
 KEY_BIASES = 39 * 1408
 # Of the ITG head: BERT's transform (dense layer and LayerNorm) and the bias of the decoder, whose weight is tied.
 LM_HEAD = (768 * 768 + 768) + 2 * 768 + 30_523
-TEMPERATURE = 1
 
 # As their authors name them. The paper's totals are sums with these sizes: of the 4.1B for FlanT5-XL, 3B are the
 # language model, which has 2.85B parameters.
@@ -40,7 +39,7 @@ REAL_SIZE = {
 
 @cache
 def counts(name: str, frozen: bool = True, **overrides: int) -> dict[str, int]:
-    """Parameters of a model by its parts; "trainable" and "total" are sums, without what stage 1 adds for training.
+    """Parameters of a model by its parts; "trainable" and "total" are sums.
 
     The tower is frozen, and with `frozen=False` only the language model is (fine-tuning).
     """
@@ -60,8 +59,6 @@ def counts(name: str, frozen: bool = True, **overrides: int) -> dict[str, int]:
     found = {"trainable": 0, "total": 0}
     for key, parameter in model.named_parameters():
         part = key.split(".")[0]
-        if part in ("lm_head", "temperature"):  # counted by LM_HEAD and TEMPERATURE
-            continue
         if key.startswith("vision_model.post_layernorm."):
             part = "ln_vision"
         found[part] = found.get(part, 0) + parameter.numel()
@@ -131,9 +128,10 @@ def test_parts_of_stage_2_are_those_of_the_original():
 
 def test_stage_1_is_that_of_the_original():
     found = counts("blip2-itm-vit-g")
-    qformer = found["qformer"] + found["embeddings"] + LM_HEAD
+    qformer = found["qformer"] + found["embeddings"] + found["lm_head"]
+    assert found["lm_head"] == LM_HEAD and found["temperature"] == 1
     assert qformer == ORIGINAL_STAGE_1_QFORMER
-    assert found["trainable"] + LM_HEAD + TEMPERATURE == ORIGINAL_STAGE_1_TRAINABLE
+    assert found["trainable"] == ORIGINAL_STAGE_1_TRAINABLE
     assert found["vision_model"] == ORIGINAL_VIT_G + KEY_BIASES
     assert agrees(qformer, "188M")
 
@@ -142,7 +140,9 @@ def test_stage_1_is_that_of_the_original():
     ("name", "file_size"), [("blip2-itm-vit-g", 4_688_228_520), ("blip2-itm-vit-g-coco", 4_690_593_960)]
 )
 def test_published_retrieval_files_hold_as_many_float32_numbers(name, file_size):
-    header = file_size - 4 * counts(name)["total"]  # names and shapes of some 800 tensors
+    found = counts(name)
+    stored = found["total"] - found["lm_head"] - found["temperature"]
+    header = file_size - 4 * stored  # names and shapes of some 800 tensors
     assert 50_000 < header < 150_000
 
 
@@ -167,7 +167,7 @@ def test_table_4_question_conditioned_vqa(name):
 def test_table_5_retrieval(name, printed):
     found = counts(name, frozen=False)
     assert found["trainable"] == found["total"]
-    assert agrees(found["total"] + LM_HEAD + TEMPERATURE, printed)
+    assert agrees(found["total"], printed)
 
 
 def test_larger_images_cost_position_embeddings_only():

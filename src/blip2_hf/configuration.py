@@ -86,6 +86,9 @@ class Blip2QFormerConfig(PreTrainedConfig):
         initializer_range: standard deviation of new weights and of the queries.
         layer_norm_eps: epsilon of every LayerNorm.
         pad_token_id: padding token of the Q-Former's tokenizer.
+        bos_token_id: `[DEC]`, which begins a text that the Q-Former writes itself; None: the last row of the
+            vocabulary, where the original code adds it.
+        eos_token_id: `[SEP]`, which ends every text; 102 in bert-base-uncased.
         cross_attention_frequency: layers 0, f, 2f, … attend to the image.
         encoder_hidden_size: width of the image features; a `Blip2Config` sets it from its vision tower.
         use_qformer_text_input: whether there is a text branch (embeddings and feed-forward layers of its own).
@@ -109,6 +112,8 @@ class Blip2QFormerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = 102
     cross_attention_frequency: int = 2
     encoder_hidden_size: int = 1408
     use_qformer_text_input: bool = False
@@ -129,7 +134,14 @@ class Blip2QFormerConfig(PreTrainedConfig):
         _check_probability(self, "hidden_dropout_prob")
         _check_probability(self, "attention_probs_dropout_prob")
         _check_epsilon(self, "layer_norm_eps")
+        if self.bos_token_id is not None and not (_is_int(self.bos_token_id) and self.bos_token_id >= 0):
+            raise ValueError(f"`bos_token_id` must be a token id or None, got {self.bos_token_id!r}")
         super().__post_init__(**kwargs)
+
+    @property
+    def decoder_start_token_id(self) -> int:
+        """`[DEC]`: `bos_token_id`, or the last row of the vocabulary."""
+        return self.vocab_size - 1 if self.bos_token_id is None else self.bos_token_id
 
 
 class Blip2Config(PreTrainedConfig):
@@ -152,6 +164,14 @@ class Blip2Config(PreTrainedConfig):
         vision_layernorm_eps: epsilon of the trained LayerNorm on the image features (`ln_vision` of the original
             code, which has 1e-5). None: the EVA ViT's own `layer_norm_eps`, as published checkpoints have it; 1e-5
             for any other tower.
+        itc_weight, itm_weight, itg_weight: weights of the three objectives in the loss of representation learning
+            (sec. 3.2; 1 each). One of weight 0 is not computed (the paper's table 6 leaves ITG out).
+        label_smoothing: of the contrastive and the language-modelling loss (0.1, as in the original code).
+        temperature_init, temperature_floor: the contrastive temperature, which divides the cosines: where it starts
+            (0.07) and the smallest value that is used.
+        itc_gather_gradients: True: the gradient of the contrastive loss over the global batch. False: that of the
+            original code, which treats the side that is compared with (all texts for an image, all images for a
+            text) as constant.
         connector_of: in a connector-only folder, the checkpoint that the frozen parts come from.
 
     The configs passed in are copied, never changed.
@@ -187,6 +207,13 @@ class Blip2Config(PreTrainedConfig):
     initializer_range: float = 0.02
     vision_feature_layer: int = -2
     vision_layernorm_eps: float | None = None
+    itc_weight: float = 1.0
+    itm_weight: float = 1.0
+    itg_weight: float = 1.0
+    label_smoothing: float = 0.1
+    temperature_init: float = 0.07
+    temperature_floor: float = 0.001
+    itc_gather_gradients: bool = True
     connector_of: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -198,6 +225,17 @@ class Blip2Config(PreTrainedConfig):
         self.vision_feature_index()  # raises if out of range
         if self.vision_layernorm_eps is not None:
             _check_epsilon(self, "vision_layernorm_eps")
+        for name in ("itc_weight", "itm_weight", "itg_weight"):
+            _check_weight(self, name)
+        _check_probability(self, "label_smoothing")
+        _check_epsilon(self, "temperature_floor")
+        if not _is_number(self.temperature_init) or self.temperature_init < self.temperature_floor:
+            raise ValueError(
+                f"`temperature_init` must be at least `temperature_floor` ({self.temperature_floor}), got "
+                f"{self.temperature_init!r}"
+            )
+        if not isinstance(self.itc_gather_gradients, bool):
+            raise ValueError(f"`itc_gather_gradients` must be True or False, got {self.itc_gather_gradients!r}")
         if self.image_token_index is not None and not (_is_int(self.image_token_index) and self.image_token_index >= 0):
             raise ValueError(f"`image_token_index` must be a token id or None, got {self.image_token_index!r}")
         kwargs.pop("is_encoder_decoder", None)
@@ -359,6 +397,12 @@ def _check_epsilon(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
     if not _is_number(value) or not value > 0.0:
         raise ValueError(f"`{name}` must be a positive number, got {value!r}")
+
+
+def _check_weight(config: PreTrainedConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not _is_number(value) or not 0.0 <= value < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:

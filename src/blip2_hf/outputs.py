@@ -46,6 +46,8 @@ class Blip2ImageTextMatchingModelOutput(ModelOutput):
     """Output of `Blip2ForImageTextRetrieval.forward`, for N images and M texts.
 
     Attributes:
+        loss: scalar, with `return_loss`: the weighted sum of the next three (Li et al. 2023, sec. 3.2).
+        loss_itc, loss_itm, loss_itg: scalars, unweighted; None where the weight is 0.
         logits_per_image: contrastive: [N, M] cosine similarities, maximum over queries (not divided by a
             temperature); matching: [pairs, 2] logits of (no match, match).
         logits_per_text: the transpose.
@@ -53,14 +55,27 @@ class Blip2ImageTextMatchingModelOutput(ModelOutput):
         image_embeds: contrastive: [N, Q, 256] unit vectors; matching: the image features [N, P, D].
         text_model_output: the Q-Former's output for the text (matching: for queries and text).
         vision_model_output: the tower's output; None if `image_embeds` were given.
+        positives: with `return_loss`: which entries of the contrastive logits match, bool [N, M].
+        itm_logits: with `return_loss` and ITM: [R, 2] of the pairs (image, text), (hard negative image, text),
+            (image, hard negative text), each for all images in turn.
+        itm_labels: [R], 1 for the first kind, 0 for the others.
+
+    With `return_loss`, and several processes, N counts the pairs of this process and M those of all processes.
     """
 
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
     vision_model_output: BaseModelOutput | None = None
+    positives: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    itm_labels: torch.Tensor | None = None
 
     def to_tuple(self) -> tuple:
         return _flat_tuple(self)

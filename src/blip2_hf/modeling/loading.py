@@ -63,15 +63,23 @@ class CheckpointMixin:
             ValueError: if a file is truncated or not safetensors (naming it), or if its keys or their shapes are not
                 those of this model (naming them).
         """
-        source = resolve_checkpoint(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
+        model, info = cls._load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        if new := info["missing_keys"]:
+            logger.warning(f"{pretrained_model_name_or_path} does not hold {_some(new)}: newly initialised")
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """The model, and what `transformers` tells of the loading; missing keys among it are optional ones."""
+        source = resolve_checkpoint(pretrained_model_name_or_path)
         hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name)}
         raw_config, _ = PreTrainedConfig.get_config_dict(source, **hub_options)  # as it is written in the file
         if config is None:
             _check_model_type(source, raw_config)
         config = _as_config(source if config is None else config, kwargs, hub_options)
         if raw_config.get("connector_of"):
-            return cls._from_connector(source, config, wants_info, hub_options, *model_args, **kwargs)
+            return cls._from_connector(source, config, hub_options, *model_args, **kwargs)
         _check_files(source, kwargs.get("variant"))
         if "key_mapping" not in kwargs:
             cls._check_parts(source)
@@ -91,7 +99,7 @@ class CheckpointMixin:
         _forget_key_mapping(model, kwargs.get("key_mapping"))
         cls._check_keys(source, info, other_shapes_allowed)
         model._loaded_versions = model._versions()
-        return (model, info) if wants_info else model
+        return model, info
 
     @classmethod
     def _check_parts(cls, source: str) -> None:
@@ -122,8 +130,6 @@ class CheckpointMixin:
         problems = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
         if problems:
             raise ValueError(f"{source} is not a checkpoint of {cls.__name__}: {'; '.join(problems)}")
-        if new:
-            logger.warning(f"{source} does not hold {_some(new)}: newly initialised")
 
     # -- connector-only ----------------------------------------------------------------------------------------------
 
@@ -208,7 +214,7 @@ class CheckpointMixin:
         return [key for key in keys if key not in left_out]
 
     @classmethod
-    def _from_connector(cls, source, config, wants_info, hub_options, *model_args, **kwargs):
+    def _from_connector(cls, source, config, hub_options, *model_args, **kwargs):
         origin = config.connector_of
         connector = Path(source, kwargs.get("subfolder") or "", CONNECTOR_NAME)
         if not connector.exists():
@@ -230,7 +236,7 @@ class CheckpointMixin:
         if size != base_size:  # the embeddings were resized; those of the base are loaded first
             config = copy.deepcopy(config)
             config.text_config.get_text_config().vocab_size = base_size
-        model, info = cls.from_pretrained(origin, *model_args, config=config, output_loading_info=True, **kwargs)
+        model, info = cls._load(origin, *model_args, config=config, **kwargs)
         with safe_open(connector, framework="pt") as file:
             stored = set(file.keys())
             parts = {
@@ -249,11 +255,12 @@ class CheckpointMixin:
                 raise ValueError(f"`device_map` must not offload what {connector} holds: {_some(offloaded)}")
             for key in stored:
                 own[key].copy_(file.get_tensor(key))
+        info["missing_keys"] = set(info["missing_keys"]) - stored
         model.config.connector_of = origin
         if model.can_generate() and "generation_config" not in kwargs:
             with contextlib.suppress(OSError):  # a connector of an older save may have none
                 model.generation_config = GenerationConfig.from_pretrained(source, **connector_options)
-        return (model, info) if wants_info else model
+        return model, info
 
 
 def _weight_files(folder: str | os.PathLike) -> dict[Path, int]:

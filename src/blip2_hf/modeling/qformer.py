@@ -170,20 +170,27 @@ class Blip2QFormerLayer(nn.Module):
         image: KeyValue | None,
         image_mask: torch.Tensor | None,
         output_attentions: bool,
+        output_length: int | None = None,
     ) -> tuple[torch.Tensor, KeyValue, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: [R, S, D]; the first `query_length` positions are queries.
             past: keys and values of earlier positions, [R, heads, N, d] each.
             image: keys and values of the images, [B, heads, P, d] each.
+            output_length: how many positions, from the first, to compute; the others are only seen. Default: all S.
 
         Returns:
-            hidden states [R, S, D], keys and values of these S positions, the self- and the cross-attention weights.
+            hidden states [R, output length, D], keys and values of all S positions, the self- and the cross-attention
+            weights.
         """
         key_value = self.attention.attention.key_value(hidden_states)
         seen = (
             key_value if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, key_value, strict=True))
         )
+        if output_length is not None:
+            hidden_states = hidden_states[:, :output_length]
+            if attention_mask is not None and attention_mask.shape[2] > 1:  # else one row for all positions
+                attention_mask = attention_mask[:, :, :output_length]
         hidden_states, weights = self.attention(hidden_states, seen, attention_mask, output_attentions)
         cross_weights = None
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
@@ -218,6 +225,7 @@ class Blip2QFormerEncoder(nn.Module):
         use_cache: bool,
         output_attentions: bool,
         output_hidden_states: bool,
+        output_length: int | None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         all_hidden, all_weights, all_cross = [hidden_states], [], []
         for index, layer in enumerate(self.layer):
@@ -235,6 +243,7 @@ class Blip2QFormerEncoder(nn.Module):
                 image,
                 encoder_attention_mask,
                 output_attentions,
+                output_length if index == len(self.layer) - 1 else None,
             )
             if use_cache:
                 cache.self_attention_cache.update(*key_value, index)
@@ -321,6 +330,7 @@ class Blip2QFormerModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_length: int | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """
         Args:
@@ -335,16 +345,20 @@ class Blip2QFormerModel(PreTrainedModel):
             use_cache: whether to write to (or make) a cache; default False. Without it a given cache is only read.
             output_attentions: return the weights (computed by the eager kernel).
             output_hidden_states: return the embeddings and every layer's output.
+            output_length: how many positions, from the first, the last layer computes; default all S. The others are
+                still seen by these.
 
         Returns:
-            `last_hidden_state` [R, S, D], `pooler_output` [R, D] (its first position), `past_key_values`,
-            `hidden_states` (L + 1 times [R, S, D]), `attentions` (L times [R, heads, S, N]), `cross_attentions` (one
-            [R, heads, Q, P] per layer that attends to the image).
+            `last_hidden_state` [R, S or `output_length`, D], `pooler_output` [R, D] (its first position),
+            `past_key_values`, `hidden_states` (L + 1 times [R, S, D]), `attentions` (L times [R, heads, S, N]),
+            `cross_attentions` (one [R, heads, Q, P] per layer that attends to the image).
 
         Raises:
             ValueError: for text without a text branch, shapes that do not fit, or missing image features.
         """
         query_length = query_embeds.shape[1] if query_length is None else query_length
+        if output_length is not None and not 0 < output_length <= query_embeds.shape[1]:
+            raise ValueError(f"`output_length` must be in 1 … {query_embeds.shape[1]}, got {output_length}")
         self._check(query_embeds, query_length, encoder_hidden_states, past_key_values, attention_mask)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -366,6 +380,7 @@ class Blip2QFormerModel(PreTrainedModel):
             bool(use_cache),
             bool(output_attentions),
             bool(output_hidden_states),
+            output_length,
         )
         return outputs if return_dict is not False else outputs.to_tuple()
 

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from ..configuration import Blip2Config
 from ..outputs import Blip2ImageTextMatchingModelOutput
+from .backbones import Stage1BackbonesMixin
 from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
+from .objectives import RepresentationLearningMixin
 from .prompts import check_ids, pad_right
 from .qformer import Blip2TextEmbeddings
+from .qformer_head import Blip2QFormerLMHead
 
 
-class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
-    """Scores of images and texts: ITC by cosine similarity, ITM by a two-way classifier."""
+class Blip2ForImageTextRetrieval(RepresentationLearningMixin, Stage1BackbonesMixin, Blip2PreTrainedModel):
+    """Representation learning (ITC, ITM, ITG), and scores of images and texts: ITC by cosine similarity, ITM by a
+    two-way classifier."""
 
     _parts = frozenset(
         {
@@ -32,6 +37,10 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             "itm_head",
         }
     )
+    # What only training and captioning need, and checkpoints of `transformers` do not have.
+    _optional_parts = frozenset({"temperature", "lm_head"})
+    _optional_keys = (r"^temperature$", r"^lm_head\.")
+    _tied_weights_keys = {"lm_head.decoder.weight": "embeddings.word_embeddings.weight"}
 
     def __init__(self, config: Blip2Config):
         super().__init__(config)
@@ -45,13 +54,32 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
         self.text_projection = nn.Linear(width, config.image_text_hidden_size)
         self.itm_head = nn.Linear(width, 2)
+        # [1], not a scalar: FSDP2 shards no scalars.
+        self.temperature = nn.Parameter(torch.full((1,), config.temperature_init))
+        self.lm_head = Blip2QFormerLMHead(config.qformer_config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.temperature, self.config.temperature_init)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The head is tied, as in the original code; there is no config field by which it would not be."""
+        return {**super().get_expanded_tied_weights_keys(all_submodels), **self._tied_weights_keys}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head.decoder = value
 
     # -- features ----------------------------------------------------------------------------------------------------
 
@@ -68,7 +96,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[M, 256] unit vectors of texts [M, T] (the [CLS] token; the text sees no image)."""
-        return self._text_vectors(self._text_pass(input_ids, attention_mask))
+        return self._text_vectors(self._text_pass(input_ids, attention_mask, output_length=1))
 
     def get_multimodal_features(
         self,
@@ -85,8 +113,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         else:  # a single pass needs no cache, and none of the queries alone
             features = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
             images = features.last_hidden_state
-        outputs = self._multimodal_pass(images, input_ids, attention_mask)
-        return outputs.last_hidden_state[:, : self.config.num_query_tokens]
+        return self._multimodal_pass(images, input_ids, attention_mask, self._query_count).last_hidden_state
 
     def _image_vectors(self, query_output: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(self.vision_projection(query_output.to(self._head_dtype)), dim=-1)
@@ -100,12 +127,27 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
     def _head_dtype(self) -> torch.dtype:
         return self.itm_head.weight.dtype
 
+    @property
+    def _query_count(self) -> int:
+        return self.config.num_query_tokens
+
     def _text_pass(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **flags: bool
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        output_length: int | None = None,
+        **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """The text alone; `output_length` as in `Blip2QFormerModel.forward`."""
         _check_text(input_ids, attention_mask)
         input_ids, attention_mask = pad_right(input_ids, attention_mask)
-        return self.qformer(self.embeddings(input_ids), query_length=0, attention_mask=attention_mask, **flags)
+        return self.qformer(
+            self.embeddings(input_ids),
+            query_length=0,
+            attention_mask=attention_mask,
+            output_length=output_length,
+            **flags,
+        )
 
     # -- matching ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +164,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             input_ids: [M, T]; attention_mask: [M, T], 1 = real, default all.
         """
         _check_encoded(encoded)
-        return self._match_logits(self._multimodal_pass(encoded, input_ids, attention_mask))
+        return self._match_logits(self._multimodal_pass(encoded, input_ids, attention_mask, self._query_count))
 
     def match_matrix(
         self, encoded: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -130,11 +172,11 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         """ITM logits of every image with every text, [N, M, 2]; arguments as in `match`."""
         _check_encoded(encoded)
         _check_text(input_ids, attention_mask)
-        outputs = self._pair_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask))
+        outputs = self._pair_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask), self._query_count)
         return self._match_logits(outputs).unflatten(0, (len(encoded), -1))
 
     def _match_logits(self, outputs: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
-        queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]
+        queries = outputs.last_hidden_state[:, : self._query_count]
         return self.itm_head(queries.to(self._head_dtype)).mean(dim=1)
 
     def _multimodal_pass(
@@ -142,19 +184,21 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         images: EncodedImages | torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        output_length: int | None = None,
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Pairs, if there are as many images as texts, else every image with every text."""
         _check_text(input_ids, attention_mask)
         if len(images) != input_ids.shape[0]:
             input_ids, attention_mask = _all_pairs(len(images), input_ids, attention_mask)
-        return self._pair_pass(images, input_ids, attention_mask, **flags)
+        return self._pair_pass(images, input_ids, attention_mask, output_length, **flags)
 
     def _pair_pass(
         self,
         images: EncodedImages | torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        output_length: int | None = None,
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Queries and text together over the images' features, or their keys and values. Where an image has several
@@ -170,6 +214,7 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             self.embeddings(input_ids, query_embeds=queries),
             query_length=queries.shape[1],
             attention_mask=matching_mask(queries.shape[1], mask),
+            output_length=output_length,
             **source,
             **flags,
         )
@@ -188,8 +233,17 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        image_ids: torch.Tensor | None = None,
+        return_loss: bool = False,
+        negative_image_indices: torch.Tensor | None = None,
+        negative_text_indices: torch.Tensor | None = None,
+        num_pairs_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Blip2ImageTextMatchingModelOutput | tuple:
-        """Scores as `transformers`' class of the same name gives them.
+        """Scores as `transformers`' class of the same name gives them; with `return_loss`, the losses of
+        representation learning (Li et al. 2023, sec. 3.2).
 
         Args:
             pixel_values: [N, 3, H, W]; or `image_embeds` [N, P, E] or what `encode_image` returned; or
@@ -200,9 +254,23 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             use_image_text_matching_head: ITM logits [pairs, 2] (pairs as in `match`) instead of ITC similarities
                 [N, M].
             output_attentions, output_hidden_states: also return those of tower and Q-Former.
+            return_loss: image i and text i are a pair; compute ITC, ITM and ITG, each unless its weight in the config
+                is 0. Texts are [CLS], words, [SEP]. With several processes the batch is that of all of them, and the
+                mean of their losses (which is what data-parallel training forms of the gradients) is its loss.
+
+        Only with `return_loss`:
+            image_ids: [N] integers; pairs of equal ids are captions of one image, and never negatives of each other.
+            negative_image_indices, negative_text_indices: [N] hard negatives for each text and each image, by their
+                numbers in the global batch (process by process); default: drawn by contrastive similarity.
+            num_pairs_in_batch, num_items_in_batch: pairs, and tokens to generate (all of a text but the first), of
+                all processes and accumulated batches, which the sums are divided by; default: those of this batch.
+            chunk_size: hold the activations of only so many pairs at a time, computing them again in the backward
+                pass: large contrastive batches on small memory, with the same gradient.
+            generator: for drawing negatives; default: torch's own.
 
         Raises:
-            ValueError: for missing or surplus images, missing text, shapes that do not fit.
+            ValueError: for missing or surplus images, missing text, shapes that do not fit; with `return_loss` also
+                for empty texts, ids outside the vocabulary, images that are not finite, negatives that match.
         """
         if input_ids is None:
             raise ValueError("`input_ids` must be given, got None")
@@ -215,6 +283,29 @@ class Blip2ForImageTextRetrieval(Blip2PreTrainedModel):
             ),
         }
         input_ids, attention_mask = self._without_placeholders(input_ids, attention_mask)
+        learning = {
+            "image_ids": image_ids,
+            "negative_image_indices": negative_image_indices,
+            "negative_text_indices": negative_text_indices,
+            "num_pairs_in_batch": num_pairs_in_batch,
+            "num_items_in_batch": num_items_in_batch,
+            "chunk_size": chunk_size,
+            "generator": generator,
+        }
+        if return_loss:
+            if use_image_text_matching_head or output_attentions or output_hidden_states:
+                raise ValueError(
+                    "`return_loss=True` cannot be combined with `use_image_text_matching_head`, `output_attentions` "
+                    "or `output_hidden_states`"
+                )
+            texts = self._checked_texts(input_ids, attention_mask)
+            images = self._pair_images(
+                len(texts.ids), pixel_values, image_embeds, vision_features, interpolate_pos_encoding, chunk_size
+            )
+            result = self._representation_loss(images, texts, **learning)
+            return result if return_dict is not False else result.to_tuple()
+        if unused := [name for name, value in learning.items() if value is not None]:
+            raise ValueError(f"`{'`, `'.join(unused)}` can only be given with `return_loss=True`")
         vision_outputs, queries = None, None
         if isinstance(image_embeds, EncodedImages):
             images = self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
