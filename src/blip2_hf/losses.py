@@ -20,10 +20,11 @@ def image_text_similarity(image_vectors: torch.Tensor, text_vectors: torch.Tenso
         image_vectors: [N, Q, d] unit vectors; text_vectors: [M, d] unit vectors.
 
     Returns:
-        [N, M].
+        [N, M] float32: also under autocast, as a temperature of 0.07 makes much of rounded cosines.
     """
     images, queries, _ = image_vectors.shape
-    products = image_vectors.flatten(0, 1) @ text_vectors.t()
+    with torch.autocast(image_vectors.device.type, enabled=False):
+        products = image_vectors.float().flatten(0, 1) @ text_vectors.float().t()
     return products.view(images, queries, -1).amax(dim=1)
 
 

@@ -30,7 +30,7 @@ from ..distributed import (
 from ..outputs import Blip2ImageTextMatchingModelOutput
 from .encoded import EncodedImages
 from .masks import generation_mask
-from .prompts import check_ids, pad_right
+from .prompts import check_text, pad_right
 
 logger = logging.get_logger(__name__)
 
@@ -96,6 +96,10 @@ class RepresentationLearningMixin:
     ) -> Blip2ImageTextMatchingModelOutput:
         """The losses of image features [n, P, E] (or encoded images) and texts; the rest as in `forward`."""
         config = self.config
+        if not (config.itc_weight or config.itm_weight or config.itg_weight):
+            raise ValueError(
+                "`return_loss=True` needs a weight that is not 0: itc_weight, itm_weight, itg_weight are 0"
+            )
         batch = self._global_batch(texts, image_ids)
         given = {"negative_image_indices": negative_image_indices, "negative_text_indices": negative_text_indices}
         given = {name: _checked_indices(name, value, batch) for name, value in given.items()}
@@ -324,7 +328,7 @@ class RepresentationLearningMixin:
             ValueError: for ids outside the vocabulary, and for rows of fewer than the three tokens [CLS], one of text,
                 [SEP].
         """
-        check_ids(input_ids)
+        check_text(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         input_ids, mask = pad_right(input_ids, mask)
         lengths = mask.sum(dim=1)

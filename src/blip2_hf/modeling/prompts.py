@@ -101,6 +101,18 @@ def check_ids(input_ids: torch.Tensor) -> None:
         )
 
 
+def check_text(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError unless these are ids [B, T], and a mask of that shape or None."""
+    if input_ids is None:
+        raise ValueError("`input_ids` must be given, got None")
+    check_ids(input_ids)
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+
+
 def match_rows(image_embeds: torch.Tensor, rows: int) -> torch.Tensor:
     """One image per row of text; a single image serves all rows.
 

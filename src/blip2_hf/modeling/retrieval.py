@@ -11,13 +11,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from ..configuration import Blip2Config
+from ..losses import image_text_similarity
 from ..outputs import Blip2ImageTextMatchingModelOutput
 from .backbones import Stage1BackbonesMixin
 from .base import Blip2PreTrainedModel
 from .encoded import EncodedImages
 from .masks import matching_mask
 from .objectives import RepresentationLearningMixin
-from .prompts import check_ids, pad_right
+from .prompts import check_text, pad_right
 from .qformer import Blip2TextEmbeddings
 from .qformer_head import Blip2QFormerLMHead
 
@@ -139,7 +140,7 @@ class Blip2ForImageTextRetrieval(RepresentationLearningMixin, Stage1BackbonesMix
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """The text alone; `output_length` as in `Blip2QFormerModel.forward`."""
-        _check_text(input_ids, attention_mask)
+        check_text(input_ids, attention_mask)
         input_ids, attention_mask = pad_right(input_ids, attention_mask)
         return self.qformer(
             self.embeddings(input_ids),
@@ -171,7 +172,7 @@ class Blip2ForImageTextRetrieval(RepresentationLearningMixin, Stage1BackbonesMix
     ) -> torch.Tensor:
         """ITM logits of every image with every text, [N, M, 2]; arguments as in `match`."""
         _check_encoded(encoded)
-        _check_text(input_ids, attention_mask)
+        check_text(input_ids, attention_mask)
         outputs = self._pair_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask), self._query_count)
         return self._match_logits(outputs).unflatten(0, (len(encoded), -1))
 
@@ -188,7 +189,7 @@ class Blip2ForImageTextRetrieval(RepresentationLearningMixin, Stage1BackbonesMix
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Pairs, if there are as many images as texts, else every image with every text."""
-        _check_text(input_ids, attention_mask)
+        check_text(input_ids, attention_mask)
         if len(images) != input_ids.shape[0]:
             input_ids, attention_mask = _all_pairs(len(images), input_ids, attention_mask)
         return self._pair_pass(images, input_ids, attention_mask, output_length, **flags)
@@ -322,7 +323,7 @@ class Blip2ForImageTextRetrieval(RepresentationLearningMixin, Stage1BackbonesMix
             queries = self._query_pass(features).last_hidden_state if queries is None else queries
             outputs = self._text_pass(input_ids, attention_mask, **flags)
             image_vectors, text_vectors = self._image_vectors(queries), self._text_vectors(outputs)
-            per_image = torch.einsum("nqd,md->nqm", image_vectors, text_vectors).amax(dim=1)
+            per_image = image_text_similarity(image_vectors, text_vectors).to(text_vectors.dtype)
         result = Blip2ImageTextMatchingModelOutput(
             logits_per_image=per_image,
             logits_per_text=per_image.t(),
@@ -361,14 +362,3 @@ def _check_encoded(encoded: EncodedImages) -> None:
         raise ValueError(f"`encoded` must be what `encode_image` returns, got {type(encoded).__name__}")
     if not len(encoded):
         raise ValueError("`encoded` must hold at least one image, got none")
-
-
-def _check_text(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    if input_ids is None:
-        raise ValueError("`input_ids` must be given, got None")
-    check_ids(input_ids)
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
-            f"{tuple(attention_mask.shape)}"
-        )
