@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_hf.image_loading import DRAFT_MARGIN, load_image, load_image_for_resize
+from blip2_hf.image_loading import DRAFT_MARGIN, load_image, load_image_for_crop, load_image_for_resize
 from tiny_images import encoded, exif_with, photo
 
 
@@ -77,7 +77,33 @@ def test_reduced_decoding_of_other_modes(mode: str) -> None:
     assert np.abs(np.asarray(image.resize((30, 30), Image.Resampling.BICUBIC)) - expected).mean() < 1
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_crop_is_reduced_as_far_as_the_crop_allows(orientation: int) -> None:
+    upright = (960, 480) if orientation == 1 else (480, 960)
+    content = encoded(photo(960, 480), "JPEG", exif=exif_with(orientation))
+    sizes = []
+
+    def crop(width: int, height: int) -> tuple[int, int, int, int]:
+        sizes.append((width, height))
+        return (120, 60, 120 + 240, 60 + 240)
+
+    for side, reduction in ((10, 8), (11, 4), (20, 4), (21, 2), (40, 2), (41, 1)):
+        image, box = load_image_for_crop(content, crop, (side, side))
+        assert image.size == (upright[0] // reduction, upright[1] // reduction)
+        assert box == tuple(edge / reduction for edge in (120, 60, 360, 300))
+        assert box[2] - box[0] >= DRAFT_MARGIN * side or reduction == 1
+    assert sizes == [upright] * 6, "asked once for each image, with its upright size"
+    image, box = load_image_for_crop(content, crop, None)
+    assert image.size == upright and box == (120, 60, 360, 300)
+
+
 @pytest.mark.parametrize("target", [(0, 5), (5,), (5, 5, 5)])
 def test_bad_target_size(target: tuple) -> None:
     with pytest.raises(ValueError, match="target_size must be"):
         load_image(np.zeros((4, 4), np.uint8), target_size=target)
+    for load in (
+        load_image_for_resize,
+        lambda source, size: load_image_for_crop(source, lambda *_: (0, 0, 1, 1), size),
+    ):
+        with pytest.raises(ValueError, match="target_size must be"):
+            load(np.zeros((4, 4), np.uint8), target)

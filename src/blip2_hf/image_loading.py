@@ -12,6 +12,8 @@ import os
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,11 @@ def load_image(
     Raises:
         ValueError: anything that is not a readable image; the message names the source and the reason.
     """
-    image, _ = _load(source, target_size, max_pixels, timeout, whole_pixels=True)
-    return image
+    if target_size is not None:
+        _check_target_size(target_size)
+    with _opened(source, max_pixels, timeout) as image:
+        rgb, _ = _upright_rgb(image, _draft(image, source, target_size, whole_pixels=True))
+        return rgb
 
 
 def load_image_for_resize(
@@ -84,7 +89,45 @@ def load_image_for_resize(
     pixels), to be given as `box` to `Image.resize`; None for the whole. Without it the picture would shift by
     up to a pixel.
     """
-    return _load(source, target_size, max_pixels, timeout, whole_pixels=False)
+    _check_target_size(target_size)
+    with _opened(source, max_pixels, timeout) as image:
+        return _upright_rgb(image, _draft(image, source, target_size, whole_pixels=False))
+
+
+def load_image_for_crop(
+    source: ImageSource,
+    choose_crop: Callable[[int, int], Box],
+    target_size: tuple[int, int] | None,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    timeout: float = 20.0,
+) -> tuple[Image.Image, Box]:
+    """As `load_image`, for a crop that is going to be resized, decoding no finer than that needs.
+
+    Args:
+        choose_crop: called once, with width and height of the upright picture before it is decoded; gives the
+            crop (left, upper, right, lower) in its pixels.
+        target_size: (height, width) that the crop is going to be resized to. A large JPEG is decoded so that at
+            least `DRAFT_MARGIN` times as many pixels of the crop remain on both sides. None: every pixel.
+
+    Returns:
+        The image (of the whole picture) and the crop in its pixels, to be given as `box` to `Image.resize`.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    if target_size is not None:
+        _check_target_size(target_size)
+    with _opened(source, max_pixels, timeout) as image:
+        width, height = image.size if _orientation(image) < 5 else image.size[::-1]
+        left, upper, right, lower = choose_crop(width, height)
+        whole_size = None
+        if target_size is not None:  # what resizing the whole picture as much as the crop would give
+            whole_size = (target_size[0] * height / (lower - upper), target_size[1] * width / (right - left))
+        rgb, region = _upright_rgb(image, _draft(image, source, whole_size, whole_pixels=False))
+        x, y, x_end, y_end = region or (0, 0, *rgb.size)
+        x_scale, y_scale = (x_end - x) / width, (y_end - y) / height  # 1, 1/2, 1/4 or 1/8
+        return rgb, (x + left * x_scale, y + upper * y_scale, x + right * x_scale, y + lower * y_scale)
 
 
 def array_to_image(array: Any, *, channels: str | None = None) -> Image.Image:
@@ -151,27 +194,21 @@ def to_channels_last(array: np.ndarray, channels: str | None) -> np.ndarray:
     )
 
 
-def _load(
-    source: ImageSource,
-    target_size: tuple[int, int] | None,
-    max_pixels: int,
-    timeout: float,
-    whole_pixels: bool,
-) -> tuple[Image.Image, Box | None]:
-    if target_size is not None and (len(target_size) != 2 or min(target_size) < 1):
-        raise ValueError(f"target_size must be (height, width), both at least 1, got {target_size!r}")
+@contextmanager
+def _opened(source: ImageSource, max_pixels: int, timeout: float) -> Iterator[Image.Image]:
+    """The image, if possible undecoded; what goes wrong meanwhile becomes a `ValueError` that names the source."""
     if is_array(source):
-        return array_to_image(source), None
+        yield array_to_image(source)
+        return
     name = _describe(source)
     try:
         if isinstance(source, Image.Image):
             _check_size(source, max_pixels)
-            return _upright_rgb(source)
-        file = _open_source(source, timeout)
-        with Image.open(file) as image:
-            _check_size(image, max_pixels)
-            reduction = _draft(image, target_size, whole_pixels) if target_size is not None else None
-            return _upright_rgb(image, reduction)
+            yield source
+        else:
+            with Image.open(_open_source(source, timeout)) as image:
+                _check_size(image, max_pixels)
+                yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot load image {name}: not an image of a format that Pillow can read") from error
     except FileNotFoundError as error:
@@ -269,9 +306,17 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _draft(image: Image.Image, target_size: tuple[int, int], whole_pixels: bool) -> Box | None:
+def _check_target_size(target_size: tuple[int, int]) -> None:
+    if len(target_size) != 2 or min(target_size) < 1:
+        raise ValueError(f"target_size must be (height, width), both at least 1, got {target_size!r}")
+
+
+def _draft(
+    image: Image.Image, source: ImageSource, target_size: tuple[float, float] | None, whole_pixels: bool
+) -> Box | None:
     """Tell the JPEG decoder to decode at reduced size; return the part that the picture fills, if not all."""
-    if image.format not in ("JPEG", "MPO"):
+    # a PIL image that was given is not modified
+    if target_size is None or image is source or image.format not in ("JPEG", "MPO"):
         return None
     width, height = image.size
     target_height, target_width = target_size if _orientation(image) < 5 else target_size[::-1]

@@ -1,0 +1,286 @@
+"""Image-text pairs to model inputs: one pair in a DataLoader's worker, then a list of them to a batch.
+
+Shapes: B pairs, T tokens of the longest text, P patches (with class token), E width of the vision tower.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..augmentation import TrainingAugmentation
+from ..image_loading import ImageSource, to_numpy
+from ..text_rows import encode, pad
+from .captions import normalise_caption
+from .skipped import BLANK_CAPTION, SkipSample
+
+# Not inputs of the model: what happened on the way, for whoever runs the training.
+BOOKKEEPING = ("skipped", "stream_position", "truncated")
+_IMAGE_KEYS = ("pixel_values", "vision_features")
+_SAMPLE_KEYS = (*_IMAGE_KEYS, "input_ids", "image_id", *BOOKKEEPING)
+_LARGEST_ID = 2**63 - 1
+
+ImageTransform = Callable[[ImageSource, np.random.Generator], np.ndarray]
+
+
+class PairTransform:
+    """An image and its caption to `pixel_values` and `input_ids`; can be pickled for the workers of a DataLoader.
+
+    Args:
+        image_transform: image and random generator to float32 [3, H, W], such as `TrainingAugmentation`.
+        tokenizer: the Q-Former's (BERT), which writes [CLS] … [SEP].
+        max_length: most tokens of a row, [CLS] and [SEP] included: 32 in stage 1, 35 in fine-tuning for retrieval (as
+            in the original code). A longer caption loses its end, keeps [SEP] and is counted.
+        caption: what is done to the caption first; must be a function that can be pickled. Default: that of the
+            original code. None: nothing.
+
+    Raises:
+        ValueError: a tokenizer that does not write [CLS] … [SEP], or `max_length` without room for a word.
+    """
+
+    def __init__(
+        self,
+        image_transform: ImageTransform,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 32,
+        caption: Callable[[str], str] | None = normalise_caption,
+    ) -> None:
+        if not callable(image_transform):
+            raise ValueError(f"`image_transform` must be callable, got {type(image_transform).__name__}")
+        (ids,) = encode(tokenizer, ["a"], name="text")
+        edges = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        if None in edges or len(ids) < 3 or (ids[0], ids[-1]) != edges:
+            raise ValueError(
+                "`tokenizer` must write [CLS] … [SEP] as BERT's does, but "
+                f"{type(tokenizer).__name__} makes {tokenizer.convert_ids_to_tokens(ids)} of 'a'"
+            )
+        if type(max_length) is not int or max_length < 3:
+            raise ValueError(f"`max_length` must be an int of at least 3 ([CLS], a token, [SEP]), got {max_length!r}")
+        self.image_transform = image_transform
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.caption = caption
+
+    @classmethod
+    def for_training(
+        cls,
+        processor: Any,
+        *,
+        max_length: int = 32,
+        caption: Callable[[str], str] | None = normalise_caption,
+        scale: tuple[float, float] = (0.5, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+    ) -> PairTransform:
+        """With `TrainingAugmentation` for the image processor of a `Blip2Processor` and its Q-Former tokenizer."""
+        augmentation = TrainingAugmentation.from_image_processor(
+            processor.image_processor, scale=scale, ratio=ratio, flip=flip
+        )
+        return cls(augmentation, _bert_tokenizer(processor), max_length=max_length, caption=caption)
+
+    @classmethod
+    def for_evaluation(
+        cls,
+        processor: Any,
+        *,
+        max_length: int = 32,
+        caption: Callable[[str], str] | None = normalise_caption,
+    ) -> PairTransform:
+        """With the image processor of a `Blip2Processor` as it is, and its Q-Former tokenizer."""
+        images = _Unaugmented(processor.image_processor)
+        return cls(images, _bert_tokenizer(processor), max_length=max_length, caption=caption)
+
+    def __call__(self, image: ImageSource, caption: str, rng: np.random.Generator) -> dict[str, Any]:
+        """One sample.
+
+        Args:
+            image: whatever `load_image` takes; a path or bytes are faster than a decoded picture.
+            caption: its text.
+            rng: the only source of randomness.
+
+        Returns:
+            `pixel_values` float32 [3, H, W] (NumPy), `input_ids` (list of ints) and `truncated` (0 or 1).
+
+        Raises:
+            ValueError: an image that cannot be read, a caption that is no text.
+            SkipSample: a caption of which normalisation leaves nothing, such as "...".
+        """
+        text = self.encode_caption(caption)
+        return {"pixel_values": self.image_transform(image, rng), **text}
+
+    def encode_caption(self, caption: str) -> dict[str, Any]:
+        """`input_ids` and `truncated` as from `__call__`, for pairs whose image is given as features."""
+        if not isinstance(caption, str):
+            raise ValueError(f"`caption` must be a string, got {type(caption).__name__}")
+        text = caption if self.caption is None else self.caption(caption)
+        (ids,) = encode(self.tokenizer, [text], name="caption")
+        if len(ids) < 3:
+            raise SkipSample(BLANK_CAPTION)
+        truncated = len(ids) > self.max_length
+        return {
+            "input_ids": [*ids[: self.max_length - 1], ids[-1]] if truncated else ids,
+            "truncated": int(truncated),
+        }
+
+
+class ImageTextCollator:
+    """A list of samples to a batch for `Blip2ForImageTextRetrieval`; can be pickled.
+
+    A sample has `pixel_values` [3, H, W] or `vision_features` [P, E], and `input_ids`; perhaps `image_id`, an int that
+    pairs with the same image share. It may further have, for the record: `skipped` (a list of dicts, the pairs that
+    were left out before this one), `stream_position` (a dict) and `truncated` (an int).
+
+    `Trainer` must be told `remove_unused_columns=False`, or it takes from the samples what is no argument of the model.
+
+    Args:
+        pad_token_id: what texts are padded with (the attention mask hides it).
+        image_ids: when a batch has `image_ids`: "if_any" of its samples has an `image_id`, or "always". The model wants
+            them on all processes or on none: several processes with sets of which only some have ids need "always".
+        bookkeeping: which of "skipped", "stream_position" and "truncated" to put into the batch. The model does not
+            take them: `Blip2Trainer` takes them out, for another `Trainer` give ().
+
+    Raises:
+        ValueError: a `pad_token_id` that is not an int of at least 0, another `image_ids` or other names in
+            `bookkeeping`.
+    """
+
+    def __init__(
+        self, pad_token_id: int, *, image_ids: str = "if_any", bookkeeping: Sequence[str] = BOOKKEEPING
+    ) -> None:
+        if not isinstance(pad_token_id, int) or pad_token_id < 0:
+            raise ValueError(f"`pad_token_id` must be an int of at least 0, got {pad_token_id!r}")
+        if image_ids not in ("if_any", "always"):
+            raise ValueError(f"`image_ids` must be 'if_any' or 'always', got {image_ids!r}")
+        unknown = sorted(set(bookkeeping) - set(BOOKKEEPING))
+        if isinstance(bookkeeping, str) or unknown:
+            raise ValueError(f"`bookkeeping` must be some of {BOOKKEEPING}, got {bookkeeping!r}")
+        self.pad_token_id = pad_token_id
+        self.image_ids = image_ids
+        self.bookkeeping = tuple(bookkeeping)
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Put samples together.
+
+        Returns:
+            `pixel_values` [B, 3, H, W] or `vision_features` [B, P, E] of the samples' dtype; `input_ids`,
+            `attention_mask` int64 [B, T], padded on the right to the longest text; with "always", or if any sample has
+            an `image_id`: `image_ids` int64 [B], where those without one get negative numbers that occur nowhere else.
+            Of the bookkeeping what the samples have: `skipped`, all entries as one list; `stream_position`, a list in
+            the order of the samples; `truncated`, the sum.
+
+        Raises:
+            ValueError: no samples, missing or unknown keys, samples of unequal shape or dtype, empty texts, values of
+                `image_id` that are no 64-bit integers.
+        """
+        samples = list(samples)
+        if not samples:
+            raise ValueError("`samples` is empty: a batch needs at least one sample")
+        image_key = _common_image_key(samples)
+        rows = [_token_row(sample["input_ids"], index) for index, sample in enumerate(samples)]
+        longest = max(map(len, rows))
+        batch: dict[str, Any] = {
+            image_key: _stack(image_key, [sample[image_key] for sample in samples]),
+            "input_ids": torch.tensor(pad(rows, self.pad_token_id, longest, "right")),
+            "attention_mask": torch.tensor(pad([[1] * len(row) for row in rows], 0, longest, "right")),
+        }
+        if self.image_ids == "always" or any(sample.get("image_id") is not None for sample in samples):
+            batch["image_ids"] = _image_ids([sample.get("image_id") for sample in samples])
+        return batch | self._records(samples)
+
+    def _records(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """The bookkeeping that samples have."""
+        found = {
+            name: [sample[name] for sample in samples if sample.get(name) is not None] for name in self.bookkeeping
+        }
+        found = {name: values for name, values in found.items() if values}
+        if "skipped" in found:
+            found["skipped"] = [entry for entries in found["skipped"] for entry in entries]
+        if "truncated" in found:
+            found["truncated"] = sum(map(int, found["truncated"]))
+        return found
+
+
+class _Unaugmented:
+    """An image processor in the place of an augmentation."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+    def __call__(self, image: ImageSource, rng: np.random.Generator) -> np.ndarray:
+        return self.image_processor(image, return_tensors="np")["pixel_values"][0]
+
+
+def _bert_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
+    """The Q-Former's: its own beside a language model's, else the only one there is."""
+    own = getattr(processor, "qformer_tokenizer", None)
+    return processor.tokenizer if own is None else own
+
+
+def _common_image_key(samples: list[Mapping[str, Any]]) -> str:
+    """ "pixel_values" or "vision_features", whichever all samples have; checks the keys of all."""
+    for index, sample in enumerate(samples):
+        unknown = sorted(set(sample) - set(_SAMPLE_KEYS))
+        if unknown:
+            raise ValueError(f"sample {index} has unknown keys {unknown}; known are {list(_SAMPLE_KEYS)}")
+        if "input_ids" not in sample:
+            raise ValueError(f"sample {index} has no `input_ids`, only {sorted(sample)}")
+        if ("pixel_values" in sample) == ("vision_features" in sample):
+            raise ValueError(
+                f"sample {index} must have either `pixel_values` or `vision_features`, it has {sorted(sample)}"
+            )
+    counts = {key: sum(key in sample for sample in samples) for key in _IMAGE_KEYS}
+    if all(counts.values()):
+        listed = " and ".join(f"{count} `{key}`" for key, count in counts.items())
+        raise ValueError(f"a batch has either `pixel_values` or `vision_features`, got {listed}")
+    return next(key for key, count in counts.items() if count)
+
+
+def _token_row(ids: Any, index: int) -> list[int]:
+    row = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if not row or not all(type(token) is int for token in row):
+        raise ValueError(f"`input_ids` of sample {index} must be one row of at least one int, got {ids!r}")
+    return row
+
+
+def _stack(key: str, values: list[Any]) -> torch.Tensor:
+    # tensors stay tensors: NumPy has no bfloat16
+    tensors = [value if isinstance(value, torch.Tensor) else _tensor(value) for value in values]
+    kinds = sorted({f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors})
+    if len(kinds) > 1:
+        raise ValueError(f"`{key}` of the samples must have one shape and dtype, got {', '.join(kinds)}")
+    expected = ("3, height, width", 3) if key == "pixel_values" else ("patches, width", 2)
+    if tensors[0].ndim != expected[1] or (key == "pixel_values" and tensors[0].shape[0] != 3):
+        raise ValueError(f"`{key}` of a sample must be of shape [{expected[0]}], got {kinds[0]}")
+    return torch.stack(tensors)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    array = to_numpy(value)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch warns of read-only memory
+
+
+def _image_ids(ids: list[Any]) -> torch.Tensor:
+    numbers = []
+    for index, given in enumerate(ids):
+        if given is None:
+            # Drawn at random, and by no generator that is seeded, so that no other process draws the same: equal
+            # numbers mean the same image. Nothing else depends on the value.
+            numbers.append(-1 - secrets.randbelow(_LARGEST_ID))
+            continue
+        try:
+            number = operator.index(given)
+        except TypeError:
+            raise ValueError(
+                f"`image_id` of sample {index} must be an integer, got {given!r} ({type(given).__name__})"
+            ) from None
+        if not -_LARGEST_ID - 1 <= number <= _LARGEST_ID:
+            raise ValueError(f"`image_id` of sample {index} must fit 64 bits, got {number}")
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=torch.int64)
