@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from blip2_hf.configuration import Blip2Config
 from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
-from lavis_names import fixture, to_ours
+from conversion.lavis import to_ours
+from lavis_names import fixture
 from parity import EXACT, changed, gradients
 
 QUERIES = 8
@@ -43,17 +44,7 @@ PROMPT = {"noprompt": 1, "prompt": 11}  # tokens, with BOS: "" and "a photo of"
 
 def renamed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those below a path, under our names."""
-    original = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    language, bridge = {}, {}
-    for name, tensor in original.items():
-        part, _, rest = name.partition(".")
-        if part in ("opt_model", "t5_model"):
-            language[f"language_model.{rest}"] = tensor
-        elif part in ("opt_proj", "t5_proj"):
-            language[f"language_projection.{rest}"] = tensor
-        else:
-            bridge[name] = tensor
-    return {**to_ours(bridge), **language}
+    return to_ours({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
 @cache

@@ -7,7 +7,8 @@ import torch
 
 from blip2_hf.modeling.masks import contrastive_mask, generation_mask, matching_mask
 from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
-from lavis_names import QUERIES, fixture, model_with_original_weights, original_state_dict, to_ours
+from conversion.lavis import to_ours
+from lavis_names import QUERIES, fixture, model_with_original_weights, original_state_dict
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -1,0 +1,1 @@
+"""Checkpoints of the original project <-> ours, as state dicts. Not part of the installed package."""
