@@ -121,7 +121,7 @@ def test_texts_are_padded_to_the_longest_of_the_batch() -> None:
     assert batch["input_ids"].tolist() == [[2, 5, 3, 9, 9], [2, 6, 7, 8, 3], [2, 3, 9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask"}
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "image_ids"}
     shorter = ImageTextCollator(9)([sample(2, 5, 3)])
     assert shorter["input_ids"].tolist() == [[2, 5, 3]]
 
@@ -133,7 +133,7 @@ def test_pixels_and_tensors() -> None:
     assert torch.equal(batch["pixel_values"], torch.tensor([2.0, 4.0])[:, None, None, None].expand(2, 3, 4, 4))
     as_tensors = [{name: torch.as_tensor(value) for name, value in entry.items()} for entry in samples]
     again = ImageTextCollator(PAD)(as_tensors)
-    assert all(torch.equal(again[name], batch[name]) for name in batch)
+    assert all(torch.equal(again[name], batch[name]) for name in ("pixel_values", "input_ids", "attention_mask"))
     batch["pixel_values"].zero_()
     assert samples[0]["pixel_values"].max() == 2, "the batch is a copy"
 
@@ -159,7 +159,6 @@ def test_image_ids() -> None:
     given = [7, np.int64(2**62), torch.tensor(7)]
     batch = collate([sample(image_id=number) for number in given])
     assert batch["image_ids"].tolist() == [7, 2**62, 7] and batch["image_ids"].dtype == torch.int64
-    assert "image_ids" not in collate([sample(), sample(image_id=None)])
 
     mixed = [sample(image_id=7), sample(), sample(image_id=None), sample(image_id=0)]
     first, second = (collate(mixed)["image_ids"].tolist() for _ in range(2))
@@ -167,8 +166,8 @@ def test_image_ids() -> None:
     made = first[1:3] + second[1:3]  # the second batch could be another process's
     assert max(made) < 0 and len(set(made)) == 4
 
-    always = ImageTextCollator(PAD, image_ids="always")([sample(), sample()])["image_ids"]
-    assert always.max() < 0 and always[0] != always[1]
+    without = collate([sample(), sample(image_id=None)])["image_ids"]
+    assert without.max() < 0 and without[0] != without[1]
 
 
 def test_bookkeeping() -> None:
@@ -183,9 +182,10 @@ def test_bookkeeping() -> None:
     assert batch["skipped"] == skipped
     assert batch["stream_position"] == [{"shard": 0}, {"shard": 1}]
     assert ImageTextCollator(PAD)([sample(truncated=0)])["truncated"] == 0
-    assert set(ImageTextCollator(PAD, bookkeeping=())(samples)) == {"pixel_values", "input_ids", "attention_mask"}
+    tensors = {"pixel_values", "input_ids", "attention_mask", "image_ids"}
+    assert set(ImageTextCollator(PAD, bookkeeping=())(samples)) == tensors
     some = ImageTextCollator(PAD, bookkeeping=["truncated"])(samples)
-    assert set(some) == {"pixel_values", "input_ids", "attention_mask", "truncated"}
+    assert set(some) == tensors | {"truncated"}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,6 @@ def test_bad_samples(samples: list[dict], message: str) -> None:
         ({"pad_token_id": -1}, "`pad_token_id`"),
         ({"pad_token_id": 0, "bookkeeping": ("loss",)}, "`bookkeeping` must be some of"),
         ({"pad_token_id": 0, "bookkeeping": "skipped"}, "`bookkeeping` must be some of"),
-        ({"pad_token_id": 0, "image_ids": "never"}, "`image_ids` must be 'if_any' or 'always'"),
     ],
 )
 def test_bad_collator(options: dict, message: str) -> None:

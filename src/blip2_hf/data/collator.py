@@ -141,28 +141,20 @@ class ImageTextCollator:
 
     Args:
         pad_token_id: what texts are padded with (the attention mask hides it).
-        image_ids: when a batch has `image_ids`: "if_any" of its samples has an `image_id`, or "always". The model wants
-            them on all processes or on none: several processes with sets of which only some have ids need "always".
         bookkeeping: which of "skipped", "stream_position" and "truncated" to put into the batch. The model does not
             take them: `Blip2Trainer` takes them out, for another `Trainer` give ().
 
     Raises:
-        ValueError: a `pad_token_id` that is not an int of at least 0, another `image_ids` or other names in
-            `bookkeeping`.
+        ValueError: a `pad_token_id` that is not an int of at least 0, other names in `bookkeeping`.
     """
 
-    def __init__(
-        self, pad_token_id: int, *, image_ids: str = "if_any", bookkeeping: Sequence[str] = BOOKKEEPING
-    ) -> None:
+    def __init__(self, pad_token_id: int, *, bookkeeping: Sequence[str] = BOOKKEEPING) -> None:
         if not isinstance(pad_token_id, int) or pad_token_id < 0:
             raise ValueError(f"`pad_token_id` must be an int of at least 0, got {pad_token_id!r}")
-        if image_ids not in ("if_any", "always"):
-            raise ValueError(f"`image_ids` must be 'if_any' or 'always', got {image_ids!r}")
         unknown = sorted(set(bookkeeping) - set(BOOKKEEPING))
         if isinstance(bookkeeping, str) or unknown:
             raise ValueError(f"`bookkeeping` must be some of {BOOKKEEPING}, got {bookkeeping!r}")
         self.pad_token_id = pad_token_id
-        self.image_ids = image_ids
         self.bookkeeping = tuple(bookkeeping)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -170,8 +162,9 @@ class ImageTextCollator:
 
         Returns:
             `pixel_values` [B, 3, H, W] or `vision_features` [B, P, E] of the samples' dtype; `input_ids`,
-            `attention_mask` int64 [B, T], padded on the right to the longest text; with "always", or if any sample has
-            an `image_id`: `image_ids` int64 [B], where those without one get negative numbers that occur nowhere else.
+            `attention_mask` int64 [B, T], padded on the right to the longest text; `image_ids` int64 [B], where
+            samples without an `image_id` get negative numbers that occur nowhere else (all processes need ids, or
+            none, and with mixed sets another process may have some).
             Of the bookkeeping what the samples have: `skipped`, all entries as one list; `stream_position`, a list in
             the order of the samples; `truncated`, the sum.
 
@@ -190,8 +183,7 @@ class ImageTextCollator:
             "input_ids": torch.tensor(pad(rows, self.pad_token_id, longest, "right")),
             "attention_mask": torch.tensor(pad([[1] * len(row) for row in rows], 0, longest, "right")),
         }
-        if self.image_ids == "always" or any(sample.get("image_id") is not None for sample in samples):
-            batch["image_ids"] = _image_ids([sample.get("image_id") for sample in samples])
+        batch["image_ids"] = _image_ids([sample.get("image_id") for sample in samples])
         return batch | self._records(samples)
 
     def _records(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
