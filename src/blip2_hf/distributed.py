@@ -62,6 +62,19 @@ def gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
+def part_sizes(rows: int, most: int, device: torch.device) -> list[int]:
+    """Sizes of the parts, of at most `most` rows, in which this process computes its `rows`.
+
+    All processes get the same number of parts if each has rows enough: sharded parameters are gathered once per part,
+    by all processes together.
+    """
+    all_rows = gather_numbers(torch.tensor([rows], device=device)).flatten().tolist()
+    parts = -(-max(all_rows) // most)
+    if parts > min(all_rows):
+        parts = -(-rows // most)
+    return [rows // parts + (index < rows % parts) for index in range(parts)]
+
+
 def gather_rows(rows: torch.Tensor, layout: Rows) -> torch.Tensor:
     """[n, …] of every process, one after the other: [N, …], without gradient."""
     return _gather(rows.detach(), layout) if len(layout.sizes) > 1 else rows.detach()

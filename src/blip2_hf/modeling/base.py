@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration import Blip2Config
 from ..hub import HubModelMixin
-from .encoded import EncodedImages
+from .encoded import EncodedImages, tie_gradients
 from .loading import CheckpointMixin
 from .qformer import Blip2QFormerModel
 from .towers import build_vision_model
@@ -162,6 +162,7 @@ class Blip2PreTrainedModel(HubModelMixin, CheckpointMixin, PreTrainedModel):
             return image_embeds
         features = self._image_features(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
         queries = self._query_pass(features.last_hidden_state, use_cache=True)
+        tie_gradients(queries.past_key_values, queries.last_hidden_state)
         return EncodedImages(features.last_hidden_state, queries.last_hidden_state, queries.past_key_values)
 
     def get_qformer_features(

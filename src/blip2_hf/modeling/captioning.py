@@ -10,11 +10,10 @@ Shapes: N images, B rows, R = B times beams or samples, Q queries, T text tokens
 from __future__ import annotations
 
 import copy
-import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
@@ -22,28 +21,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration import Blip2QFormerConfig
-from .attention import without_checkpointing
 from .beam_cache import share_prompt
 from .encoded import EncodedImages
 from .masks import generation_mask
 from .prefill import repeats
-from .prompts import check_ids, pad_right
+from .prompts import check_text, pad_right
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-# What would run the decoder in a way of its own, by the name and the value that turns it off.
-_UNSUPPORTED_SETTINGS = {
+# What `generate` takes beside the settings of a GenerationConfig. Not: assistants, negative prompts, custom loops.
+_OPTIONS = frozenset(
+    {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer"}
+)
+# Settings that would run the decoder in a way of its own, with the values that leave it alone.
+_UNSUPPORTED = {
     "cache_implementation": (None,),
     "prefill_chunk_size": (None,),
     "guidance_scale": (None, 1),
     "token_healing": (None, False),
 }
-_UNSUPPORTED_OPTIONS = frozenset(
-    {"assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_ids", "inputs"}
-    | {"negative_prompt_attention_mask", "trust_remote_code"}
-)
-_OPTIONS = frozenset(
-    {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer"}
-)
 
 
 class QFormerCaptioningMixin(GenerationMixin):
@@ -61,7 +56,9 @@ class QFormerCaptioningMixin(GenerationMixin):
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        self._captioning_config = _generation_config(self.config.qformer_config) if value._from_model_config else value
+        self._captioning_config = (
+            _generation_config(self.config.qformer_config) if getattr(value, "_from_model_config", False) else value
+        )
 
     @torch.no_grad()
     def generate(
@@ -100,23 +97,24 @@ class QFormerCaptioningMixin(GenerationMixin):
             ValueError: for missing or surplus images, shapes that do not fit, ids outside the vocabulary, captions
                 longer than the position embeddings, and options that are not supported or not known.
         """
+        config, options = self._caption_options(generation_config, generate_kwargs)
         encoded = self.encode_image(pixel_values, image_embeds, vision_features, interpolate_pos_encoding)
         if not len(encoded):
             raise ValueError("at least one image must be given, got none")
         ids, mask = self._caption_prompt(len(encoded), input_ids, attention_mask)
+        self._check_length(config, ids.shape[1])
         ids, mask = (rows.to(encoded.query_output.device) for rows in (ids, mask))
         decoder = _CaptionDecoder(self, encoded, ids.shape[0])
-        config, options = self._caption_options(generation_config, generate_kwargs, decoder.generation_config)
-        self._check_length(config, ids.shape[1])
         if config.use_cache is not False:
             room = min(config.max_new_tokens or config.max_length or 32, 128)
             options["past_key_values"] = decoder.query_cache(repeats(config), room)
-        with without_checkpointing(self):
-            return decoder.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
+        return decoder.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
 
     def compute_transition_scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `GenerationMixin.compute_transition_scores`, over the Q-Former's vocabulary."""
-        return GenerationMixin.compute_transition_scores(_Vocabulary(self.config.qformer_config), *args, **kwargs)
+        return GenerationMixin.compute_transition_scores(
+            SimpleNamespace(config=self.config.qformer_config), *args, **kwargs
+        )
 
     def _caption_prompt(
         self, images: int, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
@@ -131,15 +129,11 @@ class QFormerCaptioningMixin(GenerationMixin):
                 raise ValueError("`attention_mask` was given without `input_ids`")
             ids = torch.full((images, 1), start)
             return ids, torch.ones_like(ids)
-        check_ids(input_ids)
+        check_text(input_ids, attention_mask)
+        input_ids, attention_mask = self._without_placeholders(input_ids, attention_mask)
         if images not in (1, input_ids.shape[0]):
             raise ValueError(
                 f"`input_ids` has {input_ids.shape[0]} rows for {images} images; give one per image or one image"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.ne(0).long()
         ids, mask = pad_right(input_ids.long(), mask)
@@ -163,27 +157,22 @@ class QFormerCaptioningMixin(GenerationMixin):
         ids[:, 0] = start
         mask = mask.scatter(1, last, 1 - ended.long())
         ids = ids.masked_fill(mask == 0, config.pad_token_id or 0)
-        longest = int(mask.sum(dim=1).max())
-        # the order of real tokens is kept, so this moves each row as a whole
-        shift = (torch.arange(longest, device=ids.device) + mask.sum(dim=1, keepdim=True) - longest) % ids.shape[1]
-        return ids.gather(1, shift), mask.gather(1, shift)
+        order = mask.sort(dim=1, stable=True).indices[:, -int(mask.sum(dim=1).max()) :]
+        return ids.gather(1, order), mask.gather(1, order)
 
     def _caption_options(
-        self, given: GenerationConfig | None, kwargs: dict[str, Any], defaults: GenerationConfig
+        self, given: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The generation config of this call, and the arguments that are no part of it."""
         config = GenerationConfig() if given is None else copy.deepcopy(given)
-        for lower in (self.generation_config, defaults):
+        for lower in (self.generation_config, _generation_config(self.config.qformer_config)):
             config.update(**lower.to_dict(), defaults_only=True, allow_custom_entries=True)
         options = {name: value for name, value in config.update(**kwargs).items() if value is not None}
-        refused = [name for name, off in _UNSUPPORTED_SETTINGS.items() if getattr(config, name, None) not in off]
-        refused += sorted(_UNSUPPORTED_OPTIONS & options.keys())
-        if refused:
-            raise ValueError(f"the Q-Former's captions do not support {', '.join(f'`{name}`' for name in refused)}")
-        if unknown := sorted(options.keys() - _OPTIONS):
-            raise ValueError(f"`generate` does not know {', '.join(f'`{name}`' for name in unknown)}")
+        refused = [name for name, off in _UNSUPPORTED.items() if getattr(config, name, None) not in off]
+        if refused := refused + sorted(options.keys() - _OPTIONS):
+            raise ValueError(f"the Q-Former's captions do not take {', '.join(f'`{name}`' for name in refused)}")
         if (mode := config.get_generation_mode()) not in _MODES:
-            raise ValueError(f"the Q-Former's captions are written by {', '.join(_MODES)}, got options for {mode.value}")
+            raise ValueError(f"the Q-Former's captions are written by search and sampling, not by {mode.value}")
         return config, options
 
     def _check_length(self, config: GenerationConfig, prompt: int) -> None:
@@ -205,9 +194,6 @@ class _CaptionDecoder(PreTrainedModel, GenerationMixin):
     config_class = Blip2QFormerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, model: PreTrainedModel, encoded: EncodedImages, rows: int):
         """
@@ -215,8 +201,9 @@ class _CaptionDecoder(PreTrainedModel, GenerationMixin):
             model: the retrieval model.
             encoded: N images, one per row of text, or one for all `rows`.
         """
-        super().__init__(copy.deepcopy(model.config.qformer_config))
-        self.generation_config = _generation_config(self.config)
+        config = copy.deepcopy(model.config.qformer_config)
+        config._attn_implementation = "eager"  # it has no attention of its own, so that no kernel need be supported
+        super().__init__(config)
         self.model = model
         self._queries = model.config.num_query_tokens
         self._keys_values = _queries_of_rows(encoded.cache.self_attention_cache, rows, _compute_dtype(model))
@@ -274,7 +261,7 @@ class _CaptionDecoder(PreTrainedModel, GenerationMixin):
         cached = self._cached(past_key_values)
         length = cached + input_ids.shape[1]
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(1, length)
+            attention_mask = input_ids.new_ones(input_ids.shape[0], length)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, cached:]
         if past_key_values is None:
             past_key_values = self.query_cache(input_ids.shape[0] // self._keys_values.layers[0].keys.shape[0])
@@ -293,3 +280,29 @@ class _CaptionDecoder(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _generation_config(config: Blip2QFormerConfig) -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=config.decoder_start_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the keys that the Q-Former computes."""
+    weight = model.qformer.layernorm.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def _queries_of_rows(cache: DynamicCache, rows: int, dtype: torch.dtype) -> DynamicCache:
+    """The queries' keys and values for as many rows, in the same memory where the type is the same."""
+    shared = DynamicCache()
+    for layer in cache.layers:
+        own = copy.copy(layer)
+        own.keys, own.values = (states.to(dtype).expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+        shared.layers.append(own)
+    return shared

@@ -57,6 +57,32 @@ class EncodedImages:
         return EncodedImages(function(self.image_embeds), function(self.query_output), cache)
 
 
+def tie_gradients(cache: EncoderDecoderCache, output: torch.Tensor) -> None:
+    """Puts keys and values behind the output of the pass that wrote them, in the graph of gradients.
+
+    FSDP2 gathers a module's parameters for its backward pass when a gradient arrives at its output. A loss may read
+    the cache and not the output; the output then gets an empty gradient, which computes nothing.
+    """
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    layers = [layer for layer in layers if layer.is_initialized]
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    tied = iter(_Behind.apply(output, *tensors))
+    for layer in layers:
+        layer.keys, layer.values = next(tied), next(tied)
+
+
+class _Behind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *gradients
+
+
 def _map_cache(cache: DynamicCache, function) -> DynamicCache:
     mapped = DynamicCache()
     for layer in cache.layers:

@@ -24,6 +24,7 @@ from ..distributed import (
     gather_numbers,
     gather_rows,
     gather_rows_with_gradient,
+    part_sizes,
     process_index,
     world_size,
 )
@@ -109,7 +110,8 @@ class RepresentationLearningMixin:
             encoded = self.encode_image(image_embeds=image_embeds)
             image_embeds, parts = encoded.image_embeds, [(encoded, texts)]
         else:
-            parts = list(zip(image_embeds.split(chunk_size), _split(texts, chunk_size), strict=True))
+            sizes = part_sizes(len(image_embeds), chunk_size, image_embeds.device)
+            parts = list(zip(image_embeds.split(sizes), _split(texts, sizes), strict=True))
 
         result = Blip2ImageTextMatchingModelOutput(positives=batch.positives)
         per_image = per_text = None
@@ -122,7 +124,9 @@ class RepresentationLearningMixin:
             result.loss_itc = rows / 2 * (batch.processes / pairs)
 
         negatives = self._negatives(per_image, per_text, batch, given, generator) if config.itm_weight else None
-        matching, generation = self._pair_losses_of_parts(parts, image_embeds, texts, negatives, batch)
+        matching, generation = [], None
+        if config.itm_weight or config.itg_weight:
+            matching, generation = self._pair_losses_of_parts(parts, image_embeds, texts, negatives, batch)
         if config.itm_weight:
             result.itm_logits = torch.cat(matching)
             kinds = [torch.full((len(kind),), int(i == 0), device=kind.device) for i, kind in enumerate(matching)]
@@ -319,7 +323,8 @@ class RepresentationLearningMixin:
                 pixels, image_embeds, vision_features, interpolate_pos_encoding
             ).last_hidden_state
 
-        return torch.cat([_run(features, pixels) for pixels in pixel_values.split(chunk_size)])
+        sizes = part_sizes(pairs, chunk_size, pixel_values.device)
+        return torch.cat([_run(features, pixels) for pixels in pixel_values.split(sizes)])
 
     def _checked_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Texts:
         """Text with its padding behind it and no column of padding alone.
@@ -359,7 +364,7 @@ class RepresentationLearningMixin:
                     f"`image_ids` must be integers of shape [{rows}], one per pair, got {image_ids.dtype} of shape "
                     f"{tuple(image_ids.shape)}"
                 )
-            image_ids = image_ids.to(device)
+            image_ids = image_ids.to(device, torch.int64)  # the same on all processes
         tokens = texts.targets().sum()
         own = torch.tensor([rows, texts.ids.shape[1], int(image_ids is not None), 0], device=device)
         own[3] = tokens
@@ -397,7 +402,7 @@ def _checked_indices(name: str, numbers: torch.Tensor | None, batch: _GlobalBatc
     return numbers
 
 
-def _split(texts: Texts, sizes: int | list[int]) -> list[Texts]:
+def _split(texts: Texts, sizes: list[int]) -> list[Texts]:
     return [Texts(*part) for part in zip(texts.ids.split(sizes), texts.mask.split(sizes), strict=True)]
 
 
