@@ -107,7 +107,12 @@ def test_pull_request_and_branch(hub: HubServer, facts: dict) -> None:
 
 
 def test_save_pretrained_that_pushes(hub: HubServer, facts: dict) -> None:
-    assert facts["saving_and_pushing"]["plain"] == ["README.md", "config.json", "model.safetensors"]
+    assert facts["saving_and_pushing"]["plain"] == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert set(hub.files("tester/plain")) == {".gitattributes", *facts["saving_and_pushing"]["plain"]}
     assert card(hub, "tester/plain").data.license == "mit"
     assert '"tester/plain"' in card(hub, "tester/plain").text

@@ -1,4 +1,4 @@
-"""BLIP-2 for image-text retrieval (Li et al. 2023, sec. 3.2): contrastive and matching scores.
+"""BLIP-2 for image-text retrieval (Li et al. 2023, sec. 3.2): contrast, matching and captions.
 
 Shapes: N images, M texts, Q queries, T text tokens, P image tokens, D width of the Q-Former.
 """
@@ -15,6 +15,7 @@ from ..losses import image_text_similarity
 from ..outputs import Blip2ImageTextMatchingModelOutput
 from .backbones import Stage1BackbonesMixin
 from .base import Blip2PreTrainedModel
+from .captioning import QFormerCaptioningMixin
 from .encoded import EncodedImages
 from .masks import matching_mask
 from .objectives import RepresentationLearningMixin
@@ -23,7 +24,9 @@ from .qformer import Blip2TextEmbeddings
 from .qformer_head import Blip2QFormerLMHead
 
 
-class Blip2ForImageTextRetrieval(RepresentationLearningMixin, Stage1BackbonesMixin, Blip2PreTrainedModel):
+class Blip2ForImageTextRetrieval(
+    RepresentationLearningMixin, QFormerCaptioningMixin, Stage1BackbonesMixin, Blip2PreTrainedModel
+):
     """Representation learning (ITC, ITM, ITG), and scores of images and texts: ITC by cosine similarity, ITM by a
     two-way classifier."""
 
