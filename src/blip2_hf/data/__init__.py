@@ -10,6 +10,7 @@ from .shards import DatasetShards, TarShards
 from .sources import annotation_list, caption_table, coco_captions, image_folder, karpathy_captions
 from .stream_mixing import MixedStreams
 from .streaming import StreamingPairs
+from .training_sets import training_set
 
 __all__ = [
     "ConcatPairs",
@@ -33,4 +34,5 @@ __all__ = [
     "one_sample_per_caption",
     "parquet_samples",
     "stable_id",
+    "training_set",
 ]
