@@ -60,6 +60,7 @@ def config(tokenizer: PreTrainedTokenizerFast, image_token: int | None) -> Blip2
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 64,
             "use_qformer_text_input": image_token is None,
+            "eos_token_id": tokenizer.eos_token_id,
         },
         text_config=language_model,
         num_query_tokens=QUERIES,
@@ -82,5 +83,6 @@ def save_retrieval_checkpoint(folder: Path, seed: int = 0) -> None:
     """Writes a model that scores images and texts, and its processor."""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer("[CLS]", "[SEP]", ends_text=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "cls_token": "[CLS]", "sep_token": "[SEP]"})
     Blip2ForImageTextRetrieval(config(tokenizer, None)).save_pretrained(folder)
     Blip2Processor(Blip2ImageProcessor(size=IMAGE_SIZE), tokenizer).save_pretrained(folder)

@@ -18,12 +18,15 @@ __all__ = [
     "Blip2Processor",
     "Blip2QFormerConfig",
     "Blip2QFormerModel",
+    "Blip2Trainer",
+    "Blip2TrainingArguments",
     "Blip2VisionConfig",
     "Blip2VisionModel",
     "Blip2VisualQuestionAnsweringPipeline",
     "EncodedImages",
     "__version__",
     "pipeline",
+    "stage1_processor",
 ]
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from .modeling.vision import Blip2VisionModel
     from .pipelines import Blip2ImageToTextPipeline, Blip2VisualQuestionAnsweringPipeline, pipeline
     from .processing import Blip2Processor
+    from .stage1_processing import stage1_processor
+    from .training.arguments import Blip2TrainingArguments
+    from .training.trainer import Blip2Trainer
 
 # The same as the imports above, for run time; tests/test_package.py keeps the two equal.
 _MODULE_OF = {
@@ -47,11 +53,14 @@ _MODULE_OF = {
     "Blip2Processor": "processing",
     "Blip2QFormerConfig": "configuration",
     "Blip2QFormerModel": "modeling.qformer",
+    "Blip2Trainer": "training.trainer",
+    "Blip2TrainingArguments": "training.arguments",
     "Blip2VisionConfig": "configuration",
     "Blip2VisionModel": "modeling.vision",
     "Blip2VisualQuestionAnsweringPipeline": "pipelines",
     "EncodedImages": "modeling.encoded",
     "pipeline": "pipelines",
+    "stage1_processor": "stage1_processing",
 }
 
 

@@ -1,0 +1,1 @@
+"""Training with `Trainer`: arguments, optimiser groups, recipes, checkpoints, metrics."""

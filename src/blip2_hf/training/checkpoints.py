@@ -1,0 +1,84 @@
+"""Checkpoints of a run: which are complete, and those that hold only what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from ..modeling.loading import CONNECTOR_NAME
+
+logger = logging.get_logger(__name__)
+
+_STATE_NAME = "trainer_state.json"  # `Trainer` writes it last
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether a checkpoint was written to its end: its `trainer_state.json` is there and whole."""
+    try:
+        state = json.loads(Path(folder, _STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "global_step" in state
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The complete checkpoint of the highest step in a run's folder, or None; incomplete ones after it are named."""
+    folder = Path(output_dir)
+    found = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := _FOLDER.fullmatch(path.name))}
+    for step in sorted(found, reverse=True):
+        if is_complete(found[step]):
+            return os.fspath(found[step])
+        logger.warning(f"{found[step]} is not complete (the run ended while it was written): not used")
+    return None
+
+
+def discard(folder: str | os.PathLike) -> None:
+    """Removes what an earlier run left of a checkpoint, so that it cannot be taken for a part of the new one."""
+    Path(folder, _STATE_NAME).unlink(missing_ok=True)  # first: from here on it is not complete
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def connector_origin(model: Any) -> str | None:
+    """The checkpoint that a model's frozen parts came from, or None."""
+    if model._loaded_versions is None:
+        return None
+    return getattr(model.config, "connector_of", None) or model.config._name_or_path or None
+
+
+def has_connector(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a connector-only checkpoint."""
+    return Path(folder, CONNECTOR_NAME).is_file()
+
+
+def load_connector(model: Any, folder: str | os.PathLike) -> None:
+    """Loads a connector-only checkpoint into a model whose other parts are in place.
+
+    Raises:
+        ValueError: if its keys or shapes are not the model's, or it lacks some of what is trained.
+    """
+    path = Path(folder, CONNECTOR_NAME)
+    tensors = load_file(path, device="cpu")
+    own = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    foreign = sorted(key for key in tensors if key not in own or own[key].shape != tensors[key].shape)
+    missing = sorted(trained - set(tensors))
+    if foreign or missing:
+        raise ValueError(
+            f"{path} does not fit this {type(model).__name__}: unexpected keys or shapes {foreign[:8]}, missing "
+            f"trained parameters {missing[:8]}"
+        )
+    stored = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("connector_of")
+    if stored not in (None, connector_origin(model)):
+        logger.warning(f"{path} belongs to {stored}, but this model's frozen parts come from {connector_origin(model)}")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)

@@ -1,0 +1,96 @@
+"""Recipes: the paper's numbers and the original code's, and the arguments they give."""
+
+import math
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from blip2_hf.training.recipes import RECIPES, recipe_arguments, recipe_fields
+
+CPU = {"use_cpu": True, "fp16": False, "report_to": "none"}
+
+
+def test_the_paper() -> None:
+    """Li et al. 2023, sec. 3.4 and table of pre-training."""
+    recipe = RECIPES["paper"]
+    assert dict(recipe.batch_size) == {"vit_g": 1680, "vit_l": 2320}
+    assert (recipe.steps, recipe.warmup_steps, recipe.learning_rate) == (250_000, 2000, 1e-4)
+    assert (recipe.beta1, recipe.beta2, recipe.weight_decay) == (0.9, 0.98, 0.05)
+    assert (recipe.image_size, recipe.crop_scale, recipe.flip) == (224, (0.5, 1.0), 0.5)
+
+
+def test_the_original_code() -> None:
+    recipe = RECIPES["lavis"]
+    assert (recipe.epochs, recipe.warmup_steps, recipe.beta2) == (10, 5000, 0.999)
+    assert (recipe.min_learning_rate, recipe.warmup_learning_rate) == (1e-5, 1e-6)
+    assert recipe.batch_size["vit_g"] == 16 * 100
+
+
+@pytest.mark.parametrize(
+    ("tower", "processes", "given", "each", "accumulated"),
+    [
+        ("vit_g", 16, None, 105, 1),
+        ("vit_g", 1, None, 105, 16),
+        ("vit_g", 8, None, 105, 2),
+        ("vit_g", 3, 56, 56, 10),
+        ("vit_l", 16, None, 145, 1),
+        ("vit_l", 4, 58, 58, 10),
+    ],
+)
+def test_the_batch_is_reached(tower: str, processes: int, given, each: int, accumulated: int) -> None:
+    fields = recipe_fields("paper", tower=tower, processes=processes, per_device_batch_size=given)
+    assert (fields["per_device_train_batch_size"], fields["gradient_accumulation_steps"]) == (each, accumulated)
+    assert each * processes * accumulated == RECIPES["paper"].batch_size[tower]
+
+
+def rates(args, steps: list[int], total: int) -> list[float]:
+    """What the arguments' scheduler gives at some steps of a run of `total`."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(total),
+        num_training_steps=total,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return [args.learning_rate * scheduler.lr_lambdas[0](step) for step in steps]
+
+
+def test_the_papers_schedule(tmp_path) -> None:
+    args = recipe_arguments("paper", str(tmp_path), overrides=CPU)
+    middle = 2000 + (250_000 - 2000) // 2
+    found = rates(args, [0, 1000, 2000, middle, 250_000], args.max_steps)
+    assert found == pytest.approx([0.0, 5e-5, 1e-4, 5e-5, 0.0], abs=1e-12)
+    assert args.max_grad_norm == 0 and args.adam_beta2 == 0.98 and args.frozen_vision_dtype == "float16"
+
+
+def test_the_original_codes_schedule(tmp_path) -> None:
+    args = recipe_arguments("lavis", str(tmp_path), overrides=CPU)
+    total = 50_000
+    found = rates(args, [0, 2500, 5000, total], total)
+    expected = [1e-6, 1e-6 + 99e-6 * 2500 / 5000, 1e-4, 1e-5]
+    assert found == pytest.approx(expected, rel=2e-3)
+    quarter = 5000 + (total - 5000) // 4
+    assert rates(args, [quarter], total)[0] == pytest.approx(1e-5 + 9e-5 * (1 + math.cos(math.pi / 4)) / 2, rel=1e-3)
+    assert args.num_train_epochs == 10 and args.adam_beta2 == 0.999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "papers"}, "`recipe` must be one of paper, lavis, smoke, got 'papers'"),
+        ({"name": "paper", "tower": "vit_h"}, "`tower` must be one of vit_g, vit_l, got 'vit_h'"),
+        ({"name": "paper", "processes": 3}, "3 processes may have 1, 2, 4, 5, 7, 8, 10"),
+        ({"name": "paper", "processes": 9}, "none, as 1680 is no multiple of 9"),
+        ({"name": "paper", "per_device_batch_size": 0}, "`per_device_batch_size` 0"),
+    ],
+)
+def test_what_does_not_go(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_fields(**arguments)
+
+
+def test_unknown_overrides(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"unknown fields \['learning_rat'\]"):
+        recipe_arguments("smoke", str(tmp_path), overrides={"learning_rat": 1.0})
