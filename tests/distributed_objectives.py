@@ -272,6 +272,14 @@ def _fsdp(model: Blip2ForImageTextRetrieval) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def _fsdp_by_layer(model: Blip2ForImageTextRetrieval) -> nn.Module:
+    """One unit per layer of tower and Q-Former, and one of the rest."""
+    mesh = init_device_mesh("cpu", (world_size(),))
+    for layer in [*model.vision_model.encoder.layers, *model.qformer.encoder.layer]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def _accelerate_fsdp(model: Blip2ForImageTextRetrieval) -> nn.Module:
     """As accelerate shards for `Trainer`: it gives the word embeddings and the head a unit of their own. (Its
     `Accelerator` chooses FSDP on accelerators only, so what it calls is called here.)"""
@@ -293,5 +301,6 @@ WRAPPERS: dict[str, Wrapper | None] = {
     "none": None,
     "ddp": _ddp,
     "fsdp": _fsdp,
+    "fsdp by layer": _fsdp_by_layer,
     "accelerate": _accelerate_fsdp,
 }

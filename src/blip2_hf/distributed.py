@@ -65,13 +65,11 @@ def gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
 def part_sizes(rows: int, most: int, device: torch.device) -> list[int]:
     """Sizes of the parts, of at most `most` rows, in which this process computes its `rows`.
 
-    All processes get the same number of parts if each has rows enough: sharded parameters are gathered once per part,
-    by all processes together.
+    All processes get the same number of parts, as sharded parameters are gathered once per part, by all processes
+    together. So parts are larger than `most` where another process has too few rows for as many.
     """
     all_rows = gather_numbers(torch.tensor([rows], device=device)).flatten().tolist()
-    parts = -(-max(all_rows) // most)
-    if parts > min(all_rows):
-        parts = -(-rows // most)
+    parts = min(-(-max(all_rows) // most), min(all_rows))
     return [rows // parts + (index < rows % parts) for index in range(parts)]
 
 

@@ -75,8 +75,7 @@ def hard_negative_probabilities(logits: torch.Tensor, positives: torch.Tensor) -
     Returns:
         [n, N] float32; 0 at positives, and everywhere in a row without any negative.
     """
-    masked = logits.detach().float().masked_fill(positives, float("-inf"))
-    return masked.softmax(dim=1).nan_to_num(nan=0.0)
+    return _negatives_only(logits, positives).softmax(dim=1).nan_to_num(nan=0.0)
 
 
 def sample_hard_negatives(
@@ -94,8 +93,12 @@ def sample_hard_negatives(
         [n] int64.
     """
     noise = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).exponential_(generator=generator)
-    scores = (logits.detach().float() - noise.log()).masked_fill(positives, float("-inf"))
+    scores = _negatives_only(logits, positives) - noise.log()
     return scores.argmax(dim=1).masked_fill(positives.all(dim=1), -1)
+
+
+def _negatives_only(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    return logits.detach().float().masked_fill(positives, float("-inf"))
 
 
 def matching_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -327,6 +327,20 @@ def nan_images() -> torch.Tensor:
         ({"input_ids": IDS.repeat(1, 10), "attention_mask": None}, "`input_ids` has 70 tokens, the Q-Former takes"),
         ({"image_ids": torch.arange(3)}, "`image_ids` must be integers of shape [4], one per pair, got torch.int64 of"),
         ({"image_ids": torch.zeros(4, 1).long()}, "shape (4, 1)"),
+        (
+            {"attention_mask": None, "input_ids": IDS * MASK},
+            "`attention_mask` must be 0 where `input_ids` have padding",
+        ),
+        (
+            {"pixel_values": IMAGES.byte()},
+            "`pixel_values` must be floating-point numbers (normalised), got torch.uint8",
+        ),
+        ({"pixel_values": IMAGES.tolist()}, "`pixel_values` must be a tensor, got list"),
+        ({"image_ids": [0, 1, 2, 3]}, "`image_ids` must be a tensor of integers of shape [4], got list"),
+        ({"image_ids": torch.zeros(4).bool()}, "got torch.bool of shape (4,)"),
+        ({"num_pairs_in_batch": 0}, "`num_pairs_in_batch` must be a positive number or a tensor of one, got 0"),
+        ({"num_items_in_batch": torch.ones(2)}, "`num_items_in_batch` must be a positive number or a tensor of one"),
+        ({"chunk_size": True}, "`chunk_size` must be a positive integer or None, got True"),
         ({"image_ids": torch.rand(4)}, "got torch.float32 of shape (4,)"),
         ({"negative_image_indices": torch.arange(3)}, "`negative_image_indices` must be integers of shape [4]"),
         ({"negative_text_indices": torch.tensor([1, 2, 3, 4])}, "`negative_text_indices` must be in 0 … 3"),
@@ -346,6 +360,11 @@ def test_errors(model, options: dict, message: str) -> None:
 def test_what_only_the_loss_takes(model, name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` can only be given with `return_loss=True`"):
         model(IMAGES, IDS, MASK, **{name: torch.arange(PAIRS)})
+
+
+def test_ids_of_any_integer_type(model) -> None:
+    found = model(IMAGES, IDS.int(), MASK.bool(), return_loss=True, **NEGATIVES)
+    torch.testing.assert_close(found.loss, learn(model).loss, **EXACT)
 
 
 def test_encoded_images_must_fit(model) -> None:

@@ -79,6 +79,7 @@ SHARDED = {
     "chunks": Case(chunk_size=2, image_ids=IMAGE_IDS),
     "chunks, checkpointing": Case(chunk_size=3, checkpointing=True),
     "chunks, unequal numbers": replace(UNEQUAL_IDS, chunk_size=2),
+    "chunks, one pair in a process": replace(UNEQUAL_IDS, sizes=(1, 7), chunk_size=2),
 }
 ACCELERATE = {name: SHARDED[name] for name in ("all", "checkpointing", "frozen tower", "no ITG", "no ITC", "chunks")}
 GROUPS = {
@@ -86,6 +87,7 @@ GROUPS = {
     "three": (THREE, 3, "none"),
     "ddp": (DDP, 2, "ddp"),
     "fsdp": (SHARDED, 2, "fsdp"),
+    "fsdp by layer": (ACCELERATE, 2, "fsdp by layer"),
     "accelerate": (ACCELERATE, 2, "accelerate"),
 }
 ALL = [pytest.param(group, name, id=f"{group}: {name}") for group, (cases, *_) in GROUPS.items() for name in cases]
@@ -108,7 +110,7 @@ def found(group: str, name: str) -> Step:
     steps = [process[name] for process in results(group)]
     for index, step in enumerate(steps):
         assert not isinstance(step, Failure), f"process {index}: {step}"
-    if GROUPS[group][2] in ("fsdp", "accelerate"):
+    if GROUPS[group][2] not in ("none", "ddp"):
         return unsharded(steps)
     for step in steps[1:]:
         assert largest_error(step, steps[0])[0] < 1e-6  # what was averaged is the same on all

@@ -386,3 +386,53 @@ def test_a_model_from_scratch_is_alive() -> None:
     assert silent <= {f"qformer.encoder.layer.{i}.attention.attention.key.bias" for i in range(4)} | {
         f"qformer.encoder.layer.{i}.crossattention.attention.key.bias" for i in (0, 2)
     }, "a constant on all keys cancels in the softmax; everything else must get a gradient"
+
+
+def test_resized_vocabulary(tmp_path) -> None:
+    """[DEC] stays where it is, the language model's config as well, and the result can be loaded."""
+    model = Blip2ForImageTextRetrieval(
+        Blip2Config(
+            vision_config=VISION,
+            qformer_config={**QFORMER, "use_qformer_text_input": True},
+            num_query_tokens=QUERIES,
+            image_text_hidden_size=16,
+        )
+    ).eval()
+    ids, mask = texts()
+    before = model.get_text_features(ids, mask)
+    start, rows = model.config.qformer_config.decoder_start_token_id, model.config.qformer_config.vocab_size
+    language_model = model.config.text_config.to_dict()
+    model.resize_token_embeddings(rows + 7)
+    assert model.lm_head.decoder.weight is model.embeddings.word_embeddings.weight
+    assert model.lm_head.decoder.bias.shape == (rows + 7,)
+    assert model.config.qformer_config.decoder_start_token_id == start
+    assert model.config.text_config.to_dict() == language_model
+    model.save_pretrained(tmp_path)
+    again = Blip2ForImageTextRetrieval.from_pretrained(tmp_path)
+    assert again.config.qformer_config.vocab_size == rows + 7
+    torch.testing.assert_close(again.get_text_features(ids, mask), before, **EXACT)
+
+
+def test_ids_outside_the_vocabulary(model) -> None:
+    ids, mask = texts()
+    ids[0, 0] = 300
+    encoded = model.encode_image(IMAGES)
+    for call in (
+        model.get_text_features,
+        lambda *text: model.match(encoded, *text),
+        lambda *text: model(IMAGES, *text),
+    ):
+        with pytest.raises(ValueError, match="`input_ids` must be in 0 … 299, got"):
+            call(ids, mask)
+
+
+def test_the_loss_comes_first(model) -> None:
+    outputs = model(IMAGES, texts((6, 4, 3))[0], texts((6, 4, 3))[1], return_loss=True)
+    assert outputs[0] is outputs.loss and outputs.to_tuple()[0] is outputs.loss
+    assert list(outputs)[:4] == ["loss", "loss_itc", "loss_itm", "loss_itg"]
+
+
+def test_temperature_stays_in_float32(model, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    half = Blip2ForImageTextRetrieval.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.temperature.dtype == torch.float32 and half.itm_head.weight.dtype == torch.bfloat16

@@ -14,9 +14,8 @@ from ..configuration import Blip2Config, Blip2QFormerConfig
 from ..stage1_processing import has_tokenizer, stage1_tokenizer
 from .backbone_report import BackboneReport, TensorOrigin, report_rows
 from .bert_weights import BertWeights, bert_fields, read_bert
-from .loading import CheckpointMixin
+from .loading import CheckpointMixin, without_load_report
 from .vision_weights import NOT_USED, VisionSource, drop_later_layers, vision_source
-from .weight_files import without_load_report
 
 logger = logging.get_logger(__name__)
 

@@ -25,7 +25,7 @@ from .beam_cache import share_prompt
 from .encoded import EncodedImages
 from .masks import generation_mask
 from .prefill import repeats
-from .prompts import check_text, pad_right
+from .prompts import check_text, check_vocabulary, pad_right
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 # What `generate` takes beside the settings of a GenerationConfig. Not: assistants, negative prompts, custom loops.
@@ -140,9 +140,7 @@ class QFormerCaptioningMixin(GenerationMixin):
         real = mask.bool()
         if not real.any(dim=1).all():
             raise ValueError(f"`attention_mask` must leave at least one real token in every row, got {mask.tolist()}")
-        lowest, highest = ids[real].min().item(), ids[real].max().item()
-        if lowest < 0 or highest >= vocabulary:
-            raise ValueError(f"`input_ids` must be in 0 … {vocabulary - 1}, got {lowest} … {highest}")
+        check_vocabulary(ids, mask, vocabulary)
         if config.pad_token_id is not None and (ids[real] == config.pad_token_id).any():
             raise ValueError(
                 f"`input_ids` must have its padding (token {config.pad_token_id}) masked by `attention_mask`"

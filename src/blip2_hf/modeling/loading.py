@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging as std_logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -88,9 +89,10 @@ class CheckpointMixin:
         # Other shapes are let through here, for `_check_keys` to name them.
         other_shapes_allowed = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(
-                source, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            with without_load_report():  # `_check_keys` and our own warning account for every key
+                model, info = super().from_pretrained(
+                    source, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
         except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
             pickles = [os.fspath(path) for path in Path(source).glob("*.bin")]
             if not pickles and not isinstance(error, SafetensorError):
@@ -119,13 +121,10 @@ class CheckpointMixin:
     def _check_keys(cls, source: str, info: dict[str, Any], other_shapes_allowed: bool) -> None:
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         new = {key for key in missing if any(re.match(pattern, key) for pattern in cls._optional_keys)}
-        other = (
-            set()
-            if other_shapes_allowed
-            else {
-                f"{key} {list(found)} instead of {list(expected)}" for key, found, expected in info["mismatched_keys"]
-            }
-        )
+        other = {f"{key} {list(found)} instead of {list(expected)}" for key, found, expected in info["mismatched_keys"]}
+        if other and other_shapes_allowed:
+            logger.warning(f"{source} has other shapes: {_some(other)}: newly initialised")
+            other = set()
         kinds = {"missing keys": missing - new, "unexpected keys": unexpected, "keys of another shape": other}
         problems = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
         if problems:
@@ -261,6 +260,23 @@ class CheckpointMixin:
             with contextlib.suppress(OSError):  # a connector of an older save may have none
                 model.generation_config = GenerationConfig.from_pretrained(source, **connector_options)
         return model, info
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keeps `transformers` from warning of keys that the caller accounts for itself."""
+
+    def is_other(record: std_logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loggers = [std_logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    for logger in loggers:
+        logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_other)
 
 
 def _weight_files(folder: str | os.PathLike) -> dict[Path, int]:

@@ -31,24 +31,9 @@ from ..distributed import (
 from ..outputs import Blip2ImageTextMatchingModelOutput
 from .encoded import EncodedImages
 from .masks import generation_mask
-from .prompts import check_text, pad_right
+from .texts import Texts
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Rows of text, right-padded: ids [n, T] and mask [n, T] (int64, 1 = real)."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-
-    def __getitem__(self, index: slice | torch.Tensor) -> Texts:
-        return Texts(self.ids[index], self.mask[index])
-
-    def targets(self) -> torch.Tensor:
-        """[n, T - 1] bool: the tokens to be generated, all but the first."""
-        return self.mask[:, 1:].bool()
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,31 @@ class Negatives:
 
     images: torch.Tensor
     texts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """Images and texts that do not see each other.
+
+    Attributes:
+        image_vectors, text_vectors: [n, Q, d] and [n, d], this process's.
+        per_image, per_text: cosines of its images with all texts, and of its texts with all images, [n, N] both.
+        temperature: what they are divided by.
+    """
+
+    image_vectors: torch.Tensor
+    text_vectors: torch.Tensor
+    per_image: torch.Tensor
+    per_text: torch.Tensor
+    temperature: torch.Tensor
+
+    @property
+    def logits_per_image(self) -> torch.Tensor:
+        return self.per_image / self.temperature
+
+    @property
+    def logits_per_text(self) -> torch.Tensor:
+        return self.per_text / self.temperature
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,10 @@ class RepresentationLearningMixin:
                 "`return_loss=True` needs a weight that is not 0: itc_weight, itm_weight, itg_weight are 0"
             )
         batch = self._global_batch(texts, image_ids)
-        given = {"negative_image_indices": negative_image_indices, "negative_text_indices": negative_text_indices}
-        given = {name: _checked_indices(name, value, batch) for name, value in given.items()}
+        given_images = _checked_indices("negative_image_indices", negative_image_indices, batch)
+        given_texts = _checked_indices("negative_text_indices", negative_text_indices, batch)
+        _check_count("num_pairs_in_batch", num_pairs_in_batch)
+        _check_count("num_items_in_batch", num_items_in_batch)
         pairs = batch.layout.total if num_pairs_in_batch is None else num_pairs_in_batch
         tokens = batch.tokens if num_items_in_batch is None else num_items_in_batch
         if chunk_size is None:
@@ -111,49 +123,48 @@ class RepresentationLearningMixin:
             image_embeds, parts = encoded.image_embeds, [(encoded, texts)]
         else:
             sizes = part_sizes(len(image_embeds), chunk_size, image_embeds.device)
-            parts = list(zip(image_embeds.split(sizes), _split(texts, sizes), strict=True))
+            parts = list(zip(image_embeds.split(sizes), texts.split(sizes), strict=True))
 
-        result = Blip2ImageTextMatchingModelOutput(positives=batch.positives)
-        per_image = per_text = None
-        if config.itc_weight or (config.itm_weight and None in given.values()):
+        contrast, itc = None, None
+        if config.itc_weight or (config.itm_weight and (given_images is None or given_texts is None)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.itc_weight > 0):
-                per_image, per_text = self._contrastive_logits(parts, batch.layout, result)
+                contrast = self._contrast(parts, batch.layout)
         if config.itc_weight:
-            rows = losses.contrastive_loss(per_image, batch.positives, config.label_smoothing)
-            rows = rows + losses.contrastive_loss(per_text, batch.positives, config.label_smoothing)
-            result.loss_itc = rows / 2 * (batch.processes / pairs)
+            rows = losses.contrastive_loss(contrast.logits_per_image, batch.positives, config.label_smoothing)
+            rows = rows + losses.contrastive_loss(contrast.logits_per_text, batch.positives, config.label_smoothing)
+            itc = rows / 2 * (batch.processes / pairs)
 
-        negatives = self._negatives(per_image, per_text, batch, given, generator) if config.itm_weight else None
-        matching, generation = [], None
+        negatives, matching, generation = None, [], None
+        if config.itm_weight:
+            negatives = self._negatives(contrast, batch, given_images, given_texts, generator)
         if config.itm_weight or config.itg_weight:
             matching, generation = self._pair_losses_of_parts(parts, image_embeds, texts, negatives, batch)
+        itm = itm_logits = itm_labels = None
         if config.itm_weight:
-            result.itm_logits = torch.cat(matching)
+            itm_logits = torch.cat(matching)
             kinds = [torch.full((len(kind),), int(i == 0), device=kind.device) for i, kind in enumerate(matching)]
-            result.itm_labels = torch.cat(kinds)
+            itm_labels = torch.cat(kinds)
             # the mean over the pairs there are, one or three kinds of them, with this batch's share in the whole
-            rows = losses.matching_loss(result.itm_logits, result.itm_labels) / len(kinds)
-            result.loss_itm = rows * (batch.processes / pairs)
-        if config.itg_weight:
-            result.loss_itg = generation * (batch.processes / tokens)
-        weighted = (
-            (config.itc_weight, result.loss_itc),
-            (config.itm_weight, result.loss_itm),
-            (config.itg_weight, result.loss_itg),
+            itm = losses.matching_loss(itm_logits, itm_labels) / len(kinds) * (batch.processes / pairs)
+        itg = None if generation is None else generation * (batch.processes / tokens)
+        weighted = ((config.itc_weight, itc), (config.itm_weight, itm), (config.itg_weight, itg))
+        return Blip2ImageTextMatchingModelOutput(
+            loss=sum(weight * part for weight, part in weighted if part is not None),
+            loss_itc=itc,
+            loss_itm=itm,
+            loss_itg=itg,
+            logits_per_image=None if contrast is None else contrast.per_image,
+            logits_per_text=None if contrast is None else contrast.per_text,
+            text_embeds=None if contrast is None else contrast.text_vectors,
+            image_embeds=None if contrast is None else contrast.image_vectors,
+            positives=batch.positives,
+            itm_logits=itm_logits,
+            itm_labels=itm_labels,
         )
-        result.loss = sum(weight * part for weight, part in weighted if part is not None)
-        return result
 
     # -- contrastive -------------------------------------------------------------------------------------------------
 
-    def _contrastive_logits(
-        self,
-        parts: list[tuple[EncodedImages | torch.Tensor, Texts]],
-        layout: Rows,
-        result: Blip2ImageTextMatchingModelOutput,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of this process's images with all texts and of its texts with all images, [n, N] both; cosines and vectors
-        go into `result`."""
+    def _contrast(self, parts: list[tuple[EncodedImages | torch.Tensor, Texts]], layout: Rows) -> _Contrast:
         vectors = [_run(self._pair_vectors, *part) for part in parts]
         image_vectors, text_vectors = (torch.cat(side) for side in zip(*vectors, strict=True))
         gather = gather_rows_with_gradient if self.config.itc_gather_gradients else gather_rows
@@ -162,10 +173,8 @@ class RepresentationLearningMixin:
             per_text = per_image.t()
         else:
             per_text = losses.image_text_similarity(gather(image_vectors, layout), text_vectors).t()
-        result.image_embeds, result.text_embeds = image_vectors, text_vectors
-        result.logits_per_image, result.logits_per_text = per_image, per_text
         temperature = losses.floored_temperature(self.temperature, self.config.temperature_floor)
-        return per_image / temperature, per_text / temperature
+        return _Contrast(image_vectors, text_vectors, per_image, per_text, temperature)
 
     def _pair_vectors(self, images: EncodedImages | torch.Tensor, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors of images [n, Q, d] and texts [n, d], neither of which sees the other."""
@@ -177,10 +186,10 @@ class RepresentationLearningMixin:
 
     def _negatives(
         self,
-        per_image: torch.Tensor | None,
-        per_text: torch.Tensor | None,
+        contrast: _Contrast | None,
         batch: _GlobalBatch,
-        given: dict[str, torch.Tensor | None],
+        images: torch.Tensor | None,
+        texts: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> Negatives | None:
         """The given negatives, or drawn ones (images first, as in the original code); None if there are none.
@@ -188,7 +197,6 @@ class RepresentationLearningMixin:
         Equality of ids is an equivalence, so a row without a negative means that all pairs are of one image: then no
         row of any process has one.
         """
-        images, texts = given.values()
         if images is not None and texts is not None:
             return Negatives(images, texts)
         if batch.positives.all():
@@ -198,9 +206,9 @@ class RepresentationLearningMixin:
             )
             return None
         if images is None:
-            images = losses.sample_hard_negatives(per_text, batch.positives, generator)
+            images = losses.sample_hard_negatives(contrast.logits_per_text, batch.positives, generator)
         if texts is None:
-            texts = losses.sample_hard_negatives(per_image, batch.positives, generator)
+            texts = losses.sample_hard_negatives(contrast.logits_per_image, batch.positives, generator)
         return Negatives(images, texts)
 
     def _pair_losses_of_parts(
@@ -214,8 +222,8 @@ class RepresentationLearningMixin:
         """ITM logits, one [n, 2] per kind of pair, and the sum of the ITG loss, each empty where its weight is 0."""
         others: list[tuple] = [(None, None)] * len(parts)
         if negatives is not None:
-            sizes = [len(part.ids) for _, part in parts]
-            other_texts = _split(_gather_texts(texts, batch)[negatives.texts], sizes)
+            sizes = [len(part) for _, part in parts]
+            other_texts = _gather_texts(texts, batch)[negatives.texts].split(sizes)
             if batch.processes == 1 and isinstance(parts[0][0], EncodedImages):
                 other_images = [parts[0][0][negatives.images]]  # with their keys and values
             else:
@@ -251,7 +259,7 @@ class RepresentationLearningMixin:
         if negative_texts is None:
             return [self._match_logits(self._pair_pass(images, texts.ids, texts.mask, self._query_count))]
         # Both texts of an image follow each other and share its keys and values in place.
-        both = _interleave(texts, negative_texts)
+        both = texts.interleaved(negative_texts)
         own = self._match_logits(self._pair_pass(images, both.ids, both.mask, self._query_count))
         other = self._match_logits(self._pair_pass(negative_images, texts.ids, texts.mask, self._query_count))
         return [own[0::2], other, own[1::2]]
@@ -302,17 +310,21 @@ class RepresentationLearningMixin:
             if len(images) != pairs:
                 raise ValueError(f"`return_loss=True` needs one text per image, got {len(images)} and {pairs}")
             return images
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"`chunk_size` must be a positive integer or None, got {chunk_size!r}")
         given = {"pixel_values": pixel_values, "image_embeds": image_embeds, "vision_features": vision_features}
         for name, value in given.items():
             if value is None:
                 continue
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
             if len(value) != pairs:
                 raise ValueError(
                     f"`return_loss=True` needs one image per text, got `{name}` {tuple(value.shape)} and `input_ids` "
                     f"of {pairs} rows"
                 )
+            if not value.is_floating_point():
+                raise ValueError(f"`{name}` must be floating-point numbers (normalised), got {value.dtype}")
             if not value.isfinite().all():
                 raise ValueError(f"`{name}` {tuple(value.shape)} has values that are not finite (NaN or infinite)")
         if chunk_size is None or pixel_values is None:
@@ -326,32 +338,6 @@ class RepresentationLearningMixin:
         sizes = part_sizes(pairs, chunk_size, pixel_values.device)
         return torch.cat([_run(features, pixels) for pixels in pixel_values.split(sizes)])
 
-    def _checked_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Texts:
-        """Text with its padding behind it and no column of padding alone.
-
-        Raises:
-            ValueError: for ids outside the vocabulary, and for rows of fewer than the three tokens [CLS], one of text,
-                [SEP].
-        """
-        check_text(input_ids, attention_mask)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        input_ids, mask = pad_right(input_ids, mask)
-        lengths = mask.sum(dim=1)
-        real = input_ids.masked_fill(mask == 0, 0)
-        lowest, highest, shortest, longest = torch.stack(
-            [real.min(), real.max(), lengths.min(), lengths.max()]
-        ).tolist()
-        vocabulary = self.embeddings.word_embeddings.num_embeddings
-        if lowest < 0 or highest >= vocabulary:
-            raise ValueError(f"`input_ids` must be in 0 … {vocabulary - 1}, got {lowest} … {highest}")
-        if shortest < 3:
-            rows = (lengths < 3).nonzero().flatten().tolist()
-            raise ValueError(
-                "`input_ids` must have at least three real tokens in every row ([CLS], text, [SEP]) for "
-                f"`return_loss=True`; rows {rows} are empty texts with {lengths[rows].tolist()}"
-            )
-        return Texts(real[:, :longest], mask[:, :longest])
-
     def _global_batch(self, texts: Texts, image_ids: torch.Tensor | None) -> _GlobalBatch:
         """
         Raises:
@@ -359,15 +345,11 @@ class RepresentationLearningMixin:
         """
         rows, device = texts.ids.shape[0], texts.ids.device
         if image_ids is not None:
-            if image_ids.shape != (rows,) or image_ids.is_floating_point():
-                raise ValueError(
-                    f"`image_ids` must be integers of shape [{rows}], one per pair, got {image_ids.dtype} of shape "
-                    f"{tuple(image_ids.shape)}"
-                )
+            _check_integers("image_ids", image_ids, rows)
             image_ids = image_ids.to(device, torch.int64)  # the same on all processes
         tokens = texts.targets().sum()
         own = torch.tensor([rows, texts.ids.shape[1], int(image_ids is not None), 0], device=device)
-        own[3] = tokens
+        own[3] = tokens  # put in by the device, which is not waited for
         layout, longest = Rows((rows,)), texts.ids.shape[1]
         if world_size() > 1:
             sizes, lengths, with_ids, all_tokens = gather_numbers(own).t().tolist()
@@ -392,9 +374,8 @@ def _checked_indices(name: str, numbers: torch.Tensor | None, batch: _GlobalBatc
     if numbers is None:
         return None
     rows, total = batch.positives.shape
-    if numbers.shape != (rows,) or numbers.is_floating_point():
-        raise ValueError(f"`{name}` must be integers of shape [{rows}], got {numbers.dtype} of {tuple(numbers.shape)}")
-    numbers = numbers.to(batch.positives.device)
+    _check_integers(name, numbers, rows)
+    numbers = numbers.to(batch.positives.device, torch.int64)
     if not ((numbers >= 0) & (numbers < total)).all():
         raise ValueError(f"`{name}` must be in 0 … {total - 1} (the global batch), got {numbers.tolist()}")
     if batch.positives.gather(1, numbers[:, None]).any():
@@ -402,26 +383,24 @@ def _checked_indices(name: str, numbers: torch.Tensor | None, batch: _GlobalBatc
     return numbers
 
 
-def _split(texts: Texts, sizes: list[int]) -> list[Texts]:
-    return [Texts(*part) for part in zip(texts.ids.split(sizes), texts.mask.split(sizes), strict=True)]
+def _check_integers(name: str, numbers: Any, rows: int) -> None:
+    if not isinstance(numbers, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor of integers of shape [{rows}], got {type(numbers).__name__}")
+    if numbers.shape != (rows,) or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(
+            f"`{name}` must be integers of shape [{rows}], one per pair, got {numbers.dtype} of shape "
+            f"{tuple(numbers.shape)}"
+        )
 
 
-def _interleave(first: Texts, second: Texts) -> Texts:
-    """[n, T] twice -> [2n, T]: first 0, second 0, first 1, …, padded to the longer of both."""
-    length = max(first.ids.shape[1], second.ids.shape[1])
-    ids, masks = (
-        torch.stack([_widen(a, length), _widen(b, length)], dim=1).flatten(0, 1)
-        for a, b in ((first.ids, second.ids), (first.mask, second.mask))
-    )
-    return Texts(ids, masks)
+def _check_count(name: str, count: torch.Tensor | int | None) -> None:
+    """A tensor's value is not looked at: the device would be waited for at every step."""
+    number = not isinstance(count, bool) and isinstance(count, int | float) and count > 0
+    if not (count is None or number or (isinstance(count, torch.Tensor) and count.numel() == 1)):
+        raise ValueError(f"`{name}` must be a positive number or a tensor of one, got {count!r}")
 
 
 def _gather_texts(texts: Texts, batch: _GlobalBatch) -> Texts:
     """The texts of all processes, [N, T of the longest]."""
-    ids, mask = (gather_rows(_widen(part, batch.text_length), batch.layout) for part in (texts.ids, texts.mask))
-    return Texts(ids, mask)
-
-
-def _widen(rows: torch.Tensor, length: int) -> torch.Tensor:
-    """[n, T] -> [n, length] with zeros behind."""
-    return torch.nn.functional.pad(rows, [0, length - rows.shape[1]])
+    own = texts.widened(batch.text_length)
+    return Texts(gather_rows(own.ids, batch.layout), gather_rows(own.mask, batch.layout))

@@ -113,6 +113,16 @@ def check_text(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | No
         )
 
 
+def check_vocabulary(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocabulary: int) -> None:
+    """Raises ValueError unless all real ids are in the vocabulary (on a GPU, the embedding would end the process)."""
+    if torch.compiler.is_compiling():  # a graph cannot look at values
+        return
+    real = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, 0)
+    lowest, highest = torch.stack(real.aminmax()).tolist()
+    if lowest < 0 or highest >= vocabulary:
+        raise ValueError(f"`input_ids` must be in 0 … {vocabulary - 1}, got {lowest} … {highest}")
+
+
 def match_rows(image_embeds: torch.Tensor, rows: int) -> torch.Tensor:
     """One image per row of text; a single image serves all rows.
 

@@ -167,21 +167,21 @@ class Blip2QFormerLayer(nn.Module):
         query_length: int,
         attention_mask: torch.Tensor | None,
         past: KeyValue | None,
-        image: KeyValue | None,
+        image: KeyValue | torch.Tensor | None,
         image_mask: torch.Tensor | None,
         output_attentions: bool,
         output_length: int | None = None,
-    ) -> tuple[torch.Tensor, KeyValue, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, KeyValue, KeyValue | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: [R, S, D]; the first `query_length` positions are queries.
             past: keys and values of earlier positions, [R, heads, N, d] each.
-            image: keys and values of the images, [B, heads, P, d] each.
+            image: features of the images [B, P, E], or their keys and values, [B, heads, P, d] each.
             output_length: how many positions, from the first, to compute; the others are only seen. Default: all S.
 
         Returns:
-            hidden states [R, output length, D], keys and values of all S positions, the self- and the cross-attention
-            weights.
+            hidden states [R, output length, D], keys and values of all S positions, those of the images if their
+            features were given, the self- and the cross-attention weights.
         """
         key_value = self.attention.attention.key_value(hidden_states)
         seen = (
@@ -192,7 +192,9 @@ class Blip2QFormerLayer(nn.Module):
             if attention_mask is not None and attention_mask.shape[2] > 1:  # else one row for all positions
                 attention_mask = attention_mask[:, :, :output_length]
         hidden_states, weights = self.attention(hidden_states, seen, attention_mask, output_attentions)
-        cross_weights = None
+        projected = cross_weights = None
+        if isinstance(image, torch.Tensor):
+            image = projected = self.crossattention.attention.key_value(image)
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
         outputs = []
         if query_length:
@@ -202,7 +204,7 @@ class Blip2QFormerLayer(nn.Module):
         if text.shape[1]:
             outputs.append(self.output(self.intermediate(text), text))
         hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return hidden_states, key_value, weights, cross_weights
+        return hidden_states, key_value, projected, weights, cross_weights
 
 
 class Blip2QFormerEncoder(nn.Module):
@@ -231,9 +233,9 @@ class Blip2QFormerEncoder(nn.Module):
         for index, layer in enumerate(self.layer):
             image = None
             if layer.has_cross_attention and query_length:
-                image = self._image_key_value(layer, index, encoder_hidden_states, cache, use_cache)
+                image = self._image(index, encoder_hidden_states, cache)
             past = _past(cache, index)
-            hidden_states, key_value, weights, cross_weights = run_block(
+            hidden_states, key_value, projected, weights, cross_weights = run_block(
                 self,
                 layer,
                 hidden_states,
@@ -247,6 +249,9 @@ class Blip2QFormerEncoder(nn.Module):
             )
             if use_cache:
                 cache.self_attention_cache.update(*key_value, index)
+                if projected is not None:
+                    cache.cross_attention_cache.update(*projected, index)
+                    cache.is_updated[index] = True
             all_hidden.append(hidden_states)
             all_weights.append(weights)
             if image is not None:
@@ -261,14 +266,10 @@ class Blip2QFormerEncoder(nn.Module):
         )
 
     @staticmethod
-    def _image_key_value(
-        layer: Blip2QFormerLayer,
-        index: int,
-        encoder_hidden_states: torch.Tensor | None,
-        cache: EncoderDecoderCache | None,
-        use_cache: bool,
-    ) -> KeyValue:
-        """The image's keys and values of one layer: from the cache if it has them, else projected (and cached)."""
+    def _image(
+        index: int, encoder_hidden_states: torch.Tensor | None, cache: EncoderDecoderCache | None
+    ) -> KeyValue | torch.Tensor:
+        """What a layer attends to: the image's keys and values, if the cache has them, else its features."""
         if cache is not None and cache.is_updated.get(index):
             cached = cache.cross_attention_cache.layers[index]
             return cached.keys, cached.values
@@ -277,11 +278,7 @@ class Blip2QFormerEncoder(nn.Module):
                 "`encoder_hidden_states` must be given for queries to attend to the image, or `past_key_values` with "
                 "the image's keys and values; got neither"
             )
-        key_value = layer.crossattention.attention.key_value(encoder_hidden_states)
-        if use_cache:
-            cache.cross_attention_cache.update(*key_value, index)
-            cache.is_updated[index] = True
-        return key_value
+        return encoder_hidden_states
 
 
 class Blip2QFormerModel(PreTrainedModel):

@@ -5,6 +5,8 @@ Shapes: N images, M texts, Q queries, T text tokens, P image tokens, D width of 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -19,9 +21,10 @@ from .captioning import QFormerCaptioningMixin
 from .encoded import EncodedImages
 from .masks import matching_mask
 from .objectives import RepresentationLearningMixin
-from .prompts import check_text, pad_right
+from .prompts import check_text, check_vocabulary, pad_right
 from .qformer import Blip2TextEmbeddings
 from .qformer_head import Blip2QFormerLMHead
+from .texts import learning_texts
 
 
 class Blip2ForImageTextRetrieval(
@@ -44,6 +47,7 @@ class Blip2ForImageTextRetrieval(
     # What only training and captioning need, and checkpoints of `transformers` do not have.
     _optional_parts = frozenset({"temperature", "lm_head"})
     _optional_keys = (r"^temperature$", r"^lm_head\.")
+    _keep_in_fp32_modules_strict = ["temperature"]  # also where the rest is bfloat16
     _tied_weights_keys = {"lm_head.decoder.weight": "embeddings.word_embeddings.weight"}
 
     def __init__(self, config: Blip2Config):
@@ -84,6 +88,21 @@ class Blip2ForImageTextRetrieval(
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head.decoder = value
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, of the Q-Former's vocabulary; [DEC] stays the token it is."""
+        config = self.config.qformer_config
+        config.bos_token_id = config.decoder_start_token_id
+        language_model = copy.deepcopy(self.config.text_config)  # which the base class takes the vocabulary to be of
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.text_config = language_model
+        config.vocab_size = embeddings.num_embeddings
+        return embeddings
 
     # -- features ----------------------------------------------------------------------------------------------------
 
@@ -143,7 +162,7 @@ class Blip2ForImageTextRetrieval(
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """The text alone; `output_length` as in `Blip2QFormerModel.forward`."""
-        check_text(input_ids, attention_mask)
+        self._check_text(input_ids, attention_mask)
         input_ids, attention_mask = pad_right(input_ids, attention_mask)
         return self.qformer(
             self.embeddings(input_ids),
@@ -152,6 +171,10 @@ class Blip2ForImageTextRetrieval(
             output_length=output_length,
             **flags,
         )
+
+    def _check_text(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        check_text(input_ids, attention_mask)
+        check_vocabulary(input_ids, attention_mask, self.embeddings.word_embeddings.num_embeddings)
 
     # -- matching ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +198,7 @@ class Blip2ForImageTextRetrieval(
     ) -> torch.Tensor:
         """ITM logits of every image with every text, [N, M, 2]; arguments as in `match`."""
         _check_encoded(encoded)
-        check_text(input_ids, attention_mask)
+        self._check_text(input_ids, attention_mask)
         outputs = self._pair_pass(encoded, *_all_pairs(len(encoded), input_ids, attention_mask), self._query_count)
         return self._match_logits(outputs).unflatten(0, (len(encoded), -1))
 
@@ -192,7 +215,7 @@ class Blip2ForImageTextRetrieval(
         **flags: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Pairs, if there are as many images as texts, else every image with every text."""
-        check_text(input_ids, attention_mask)
+        self._check_text(input_ids, attention_mask)
         if len(images) != input_ids.shape[0]:
             input_ids, attention_mask = _all_pairs(len(images), input_ids, attention_mask)
         return self._pair_pass(images, input_ids, attention_mask, output_length, **flags)
@@ -302,7 +325,8 @@ class Blip2ForImageTextRetrieval(
                     "`return_loss=True` cannot be combined with `use_image_text_matching_head`, `output_attentions` "
                     "or `output_hidden_states`"
                 )
-            texts = self._checked_texts(input_ids, attention_mask)
+            words = self.embeddings.word_embeddings
+            texts = learning_texts(input_ids, attention_mask, words.num_embeddings, words.padding_idx)
             images = self._pair_images(
                 len(texts.ids), pixel_values, image_embeds, vision_features, interpolate_pos_encoding, chunk_size
             )

@@ -14,7 +14,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..checkpoints import resolve_checkpoint
 from ..configuration import Blip2Config, Blip2VisionConfig
 from .backbone_report import TensorOrigin
-from .weight_files import read_weights, without_load_report
+from .loading import without_load_report
+from .weight_files import read_weights
 
 _BLIP2_TYPES = ("blip-2", "instructblip")
 _PREFIX = "vision_model."

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -48,23 +45,6 @@ def read_weights(source: str, prefix: str = "") -> dict[str, torch.Tensor]:
     for file in files:
         weights.update(_tensors(file, prefix))
     return weights
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Keeps `transformers` from warning of keys that the caller accounts for itself."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
-    for logger in loggers:
-        logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_other)
 
 
 def _file(source: str, name: str) -> Path | None:
