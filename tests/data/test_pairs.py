@@ -132,6 +132,18 @@ def test_a_transform_may_skip() -> None:
     }
 
 
+def test_a_malformed_record_in_place_of_a_sample_is_skipped() -> None:
+    record = {"reason": "malformed record", "where": "row 0"}
+    pairs = ImageTextPairs([record, *tiny_samples(9)], reveal)
+    assert pairs[0]["skipped"][0] == record
+    assert [pairs[n]["number"] for n in range(1, 10)] == list(range(9))
+
+
+def test_half_an_emoji_is_a_malformed_record() -> None:
+    pairs = ImageTextPairs([ImageTextSample(solid(1), ("cat \ud83d",), "tiny/half"), *tiny_samples(5)], reveal)
+    assert pairs[0]["skipped"][0] == {"reason": "malformed record", "where": "tiny/half"}
+
+
 def test_other_errors_of_a_transform_are_not_hidden() -> None:
     def wrong(image: Image.Image, caption: str, rng: np.random.Generator) -> dict:
         raise ValueError("a bug")

@@ -23,6 +23,11 @@ def test_stable_id_of_a_number_is_refused() -> None:
         stable_id(139)
 
 
+def test_names_that_are_not_utf8_have_ids() -> None:
+    names = [b"caf\xe9".decode("utf-8", "surrogateescape"), b"caf\xe8".decode("utf-8", "surrogateescape"), "\ud800"]
+    assert len({stable_id(name) for name in names}) == 3
+
+
 def test_where_names_the_path_first() -> None:
     assert ImageTextSample(Path("a/b.jpg"), ("x",), "s/1", "line 3").where == "a/b.jpg"
     assert ImageTextSample(b"", ("x",), "s/1", "line 3").where == "line 3"
@@ -35,12 +40,21 @@ def test_one_sample_per_caption() -> None:
     assert [(s.image, s.captions, s.image_id) for s in split] == [("a", ("x",), "s/a"), ("a", ("y",), "s/a")]
 
 
-@pytest.mark.parametrize(("value", "captions"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ())])
+def test_one_sample_per_caption_keeps_malformed_records() -> None:
+    record = {"reason": "malformed record", "where": "row 1"}
+    split = one_sample_per_caption([record, ImageTextSample("a", ("x",), "s/a")])
+    assert split == [record, ImageTextSample("a", ("x",), "s/a")]
+
+
+@pytest.mark.parametrize(
+    ("value", "captions"),
+    [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ()), (["a", None], ("a",)), ([None], ())],
+)
 def test_captions_of_a_field(value: object, captions: tuple) -> None:
     assert as_captions(value, "here") == captions
 
 
-@pytest.mark.parametrize("value", [1, {"raw": "a"}, ["a", None], [["a"]]])
+@pytest.mark.parametrize("value", [1, {"raw": "a"}, ["a", 1], [["a"]]])
 def test_other_captions_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="line 3 must be a string or a list of strings"):
         as_captions(value, "line 3")

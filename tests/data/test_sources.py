@@ -115,6 +115,11 @@ def test_annotation_list(images: Path, tmp_path: Path, suffix: str) -> None:
     assert found(annotation_list(path, images, name="vg")) == {"vg/vg_1": ("x", "w"), "vg/b.png": ("y", "z")}
 
 
+def test_a_null_in_a_list_of_captions_is_dropped(images: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "vg.json", [{"image": "a.png", "caption": ["x", None]}])
+    assert found(annotation_list(path, images, name="vg")) == {"vg/a.png": ("x",)}
+
+
 def test_annotation_list_takes_absolute_paths(images: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "sbu.json", [{"image": str(images / "a.png"), "caption": "x"}])
     (sample,) = annotation_list(path, tmp_path, name="sbu")

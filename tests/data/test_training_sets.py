@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,30 @@ def test_streams(sets: Path) -> None:
     assert isinstance(read(sets, {**TARS, "weight": 3}, half), MixedStreams)
 
 
+def drawn(image, caption: str, rng) -> dict:
+    return {"draw": int(rng.integers(2**62))}
+
+
+@pytest.mark.parametrize("weight", [{}, {"weight": 1}])
+def test_every_set_draws_for_itself(sets: Path, weight: dict) -> None:
+    twice = [{**FOLDER, "name": name, **weight} for name in "ab"]
+
+    def draws(seed: int) -> list[list[int]]:
+        pairs = training_set(twice, drawn, seed=seed, base_folder=sets)
+        return [[one.example(n, 0)["draw"] for n in range(4)] for one in pairs.datasets]
+
+    first, second = draws(0)
+    assert not set(first) & set(second), "equal indices of two sets must not draw the same"
+    assert draws(0) == [first, second], "a function of the seed and the entry's number"
+    assert not set(sum(draws(0), [])) & set(sum(draws(1), []))
+
+
+def test_every_stream_draws_for_itself(sets: Path) -> None:
+    twice = [{**TARS, "name": name, "weight": 1} for name in "ab"]
+    one, other = training_set(twice, drawn, base_folder=sets).streams
+    assert not {e["draw"] for e in islice(one, 4)} & {e["draw"] for e in islice(other, 4)}
+
+
 def test_description_in_python(sets: Path) -> None:
     assert len(training_set([FOLDER, COCO], opened, base_folder=sets)) == 6
 
@@ -92,6 +117,8 @@ def test_description_in_python(sets: Path) -> None:
         ([FOLDER, {"source": "coco_captions", "images": "coco"}], r"entry 1 of .* lacks \['annotations'\]"),
         ([{**FOLDER, "weight": 1}, COCO], "must have a `weight` in every entry or in none, got 1 of 2"),
         ([{**FOLDER, "weight": -1}, {**COCO, "weight": 1}], "weight"),
+        ([{**FOLDER, "weight": -5}], "`weight` of entry 0 of .*sets.json must be positive finite numbers, got -5"),
+        ([{**TARS, "weight": "2"}], "`weight` of entry 0 of .* got '2'"),
         ([FOLDER, TARS], "has streams .* beside sets that are not"),
         ([TARS, TARS], "streams cannot follow one another"),
         ([{**TARS, "files": "none-*.tar"}], "`files` 'none-\\*.tar' matches nothing"),

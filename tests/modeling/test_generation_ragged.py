@@ -5,7 +5,6 @@ import torch
 
 from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
 from generation_pairs import DECODING, FAMILIES, LAYOUTS, Batch, language_config, model, new_tokens, ragged
-from parity import EXACT
 from tiny_models import pixels
 
 # GPT-2 and BART have learned positions, Bloom has none, Gemma 2 and Mistral slide a window (here shorter than the
@@ -41,7 +40,8 @@ def logits_alone(ours: Blip2ForConditionalGeneration, batch: Batch) -> list[torc
 def test_logits(family: str, layout: str) -> None:
     ours, batch = model(family), ragged(layout)
     for together, alone in zip(logits(ours, batch), logits_alone(ours, batch), strict=True):
-        torch.testing.assert_close(together, alone, **EXACT)
+        # of the largest logit: other numbers of threads and rows round differently
+        torch.testing.assert_close(together, alone, atol=1e-5 * float(alone.abs().max()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

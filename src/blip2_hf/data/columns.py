@@ -9,26 +9,29 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .records import PathLike, existing_file
-from .samples import ImageTextSample, as_captions
+from .samples import Entry, ImageTextSample, as_captions
+from .skipped import BAD_RECORD
 
 if TYPE_CHECKING:
     import datasets
 
 
-class DatasetSamples(Sequence[ImageTextSample]):
+class DatasetSamples(Sequence[Entry]):
     """A `datasets.Dataset` (of local files or the Hub) as a sequence of samples; rows are read when asked for.
+
+    A row with a value of another type than said below (an id that is null, a caption that is a number) gives the record
+    of a malformed sample, {"reason", "where"}, which `ImageTextPairs` skips and counts.
 
     Args:
         dataset: the table; one row is one sample.
         image_column: an `Image` feature, a struct of "bytes" and "path", encoded bytes, or a path.
         caption_column: a string or a list of strings.
-        id_column: the image's id; None: the row number is the id.
+        id_column: the image's id, an integer or a string; None: the row number is the id.
         image_folder: what relative paths in `image_column` are relative to; None: the current folder.
         name: put before the image ids.
 
     Raises:
-        ValueError: not a `datasets.Dataset`, or a column that it lacks; when a row is read, a value of another
-            type than said above.
+        ValueError: not a `datasets.Dataset`, or a column that it lacks.
     """
 
     def __init__(
@@ -53,11 +56,11 @@ class DatasetSamples(Sequence[ImageTextSample]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> ImageTextSample:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
         if not -len(self) <= index < len(self):
             raise IndexError(f"`index` must lie in [{-len(self)}, {len(self)}), got {index}")
         index = int(index) % len(self)
-        return self.reader.sample(self.dataset[index], str(index))
+        return self.reader.entry(self.dataset[index], str(index))
 
 
 def parquet_samples(
@@ -91,7 +94,7 @@ def parquet_samples(
 
 
 class RowReader:
-    """Makes a sample of a row."""
+    """Makes a sample of a row, or the record of a malformed one."""
 
     def __init__(
         self,
@@ -109,8 +112,14 @@ class RowReader:
         self.image_folder = image_folder
         self.name = name
 
-    def sample(self, row: Mapping[str, Any], row_name: str) -> ImageTextSample:
+    def entry(self, row: Mapping[str, Any], row_name: str) -> Entry:
         """The sample of `row`; `row_name` names the row in messages and is the id if there is no id column."""
+        try:
+            return self._sample(row, row_name)
+        except ValueError as error:  # one record of many, so not worth an end
+            return {"reason": BAD_RECORD, "where": str(error)}
+
+    def _sample(self, row: Mapping[str, Any], row_name: str) -> ImageTextSample:
         place = f"{self.name}, row {row_name}"
         for column in (self.image_column, self.caption_column, self.id_column):
             if column is not None and column not in row:

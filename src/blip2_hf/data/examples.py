@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..image_loading import ImageSource, load_image
 from .samples import ImageTextSample, stable_id
-from .skipped import BLANK_CAPTION, MISSING_FILE, NO_IMAGE, TOO_LARGE, UNREADABLE, SkipSample
+from .skipped import BAD_RECORD, BLANK_CAPTION, MISSING_FILE, NO_IMAGE, TOO_LARGE, UNREADABLE, SkipSample
 
 Transform = Callable[[Any, str, np.random.Generator], dict[str, Any]]
 IMAGES = ("picture", "source")
@@ -36,12 +36,17 @@ def make_example(
         The transform's dict, with "image_id" (`stable_id`) if the sample has one.
 
     Raises:
-        SkipSample: no caption that is not blank, or an image that cannot be read.
+        SkipSample: no caption that is not blank, one with half a character (a lone surrogate), or an image that cannot
+            be read.
     """
     captions = [caption for caption in sample.captions if caption.strip()]
     if not captions:
         raise SkipSample(BLANK_CAPTION)
     caption = captions[int(rng.integers(len(captions)))]
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # half an emoji, cut off in its JSON escape, which no tokenizer takes
+        raise SkipSample(BAD_RECORD) from error
     image = sample.image
     if image is None:
         raise SkipSample(NO_IMAGE)

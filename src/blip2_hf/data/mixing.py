@@ -83,16 +83,16 @@ class MixedPairs(EpochDataset):
         return dataset.example((factor * place + shift) % len(dataset), round_number)
 
 
-def check_weights(weights: Sequence[float]) -> list[float]:
+def check_weights(weights: Sequence[float], argument: str = "`weights`") -> list[float]:
     """The weights as floats.
 
     Raises:
-        ValueError: one that is not a positive finite number.
+        ValueError: one that is not a positive finite number; names `argument`.
     """
     for weight in weights:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight <= 0:
-            raise ValueError(f"`weights` must be positive finite numbers, got {weight!r}")
+            raise ValueError(f"{argument} must be positive finite numbers, got {weight!r}")
     return [float(weight) for weight in weights]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .examples import Transform, check_images, make_example
-from .samples import ImageTextSample
+from .samples import Entry
 from .seeding import random_generator
 from .skipped import SkippedSample, SkippedSamples, SkipSample
 
@@ -62,7 +62,8 @@ class ImageTextPairs(EpochDataset):
     carries `"skipped": [{"reason", "where"}, ...]`.
 
     Args:
-        samples: what a function of `sources` gives, or any sequence of samples.
+        samples: what a function of `sources` gives, or any sequence of samples; {"reason", "where"} in place of a
+            sample is a malformed record, skipped too.
         transform: called as `transform(image, caption, rng)`; it must take its randomness from `rng` alone, and
             may raise `SkipSample`.
         seed: another seed gives other captions and augmentations.
@@ -78,7 +79,7 @@ class ImageTextPairs(EpochDataset):
 
     def __init__(
         self,
-        samples: Sequence[ImageTextSample],
+        samples: Sequence[Entry],
         transform: Transform,
         *,
         seed: int = 0,
@@ -110,6 +111,9 @@ class ImageTextPairs(EpochDataset):
         for attempt in range(self.max_attempts):
             rng = random_generator("pairs", self.seed, epoch, index, attempt)
             sample = self.samples[index if attempt == 0 else int(rng.integers(len(self)))]
+            if isinstance(sample, dict):
+                skipped.append(sample)
+                continue
             try:
                 example = make_example(sample, self.transform, rng, self.images)
             except SkipSample as error:

@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import count
@@ -19,13 +20,14 @@ from typing import Any, Protocol
 
 from .columns import RowReader, check_columns, undecoded
 from .records import PathLike, existing_file
-from .samples import ImageTextSample, as_captions
-from .skipped import BAD_RECORD, BAD_SHARD, SkippedSample
+from .samples import Entry, ImageTextSample, as_captions
+from .skipped import BAD_RECORD, BAD_SHARD
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 END = -1  # the cursor after a shard's last sample where there is no other
 
-Entry = ImageTextSample | SkippedSample
+# What reading a damaged file raises, beside errors of the file system: no library wraps all of its own.
+_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, TypeError, OverflowError)
 
 
 class Shards(Protocol):
@@ -84,7 +86,7 @@ class TarShards:
         try:
             for key, members, behind in _groups(path, cursor):
                 yield self._entry(path, key, members), behind
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except _DAMAGE as error:
             reason = f"{path}: {error or type(error).__name__}"
             yield {"reason": BAD_SHARD, "where": reason}, END
 
@@ -98,7 +100,7 @@ class TarShards:
             elif "json" in members:
                 record = json.loads(members["json"])
                 captions = as_captions(record[self.caption_field], f"{place}: field {self.caption_field!r}")
-        except (ValueError, KeyError, TypeError):  # one record of millions, so not worth an end
+        except (ValueError, KeyError, TypeError, RecursionError):  # one record of millions, so not worth an end
             return {"reason": BAD_RECORD, "where": place}
         return ImageTextSample(image, captions, f"{self.name}/{key}", place)
 
@@ -180,7 +182,9 @@ class DatasetShards:
         return self.dataset.num_shards
 
     def read(self, shard: int, cursor: int) -> Iterator[tuple[Entry, int]]:
-        """As `Shards.read`."""
+        """As `Shards.read`. A damaged file gives what stands before the damage, then one skipped entry."""
+        import pyarrow
+
         if cursor == END:
             return
         rows = self.dataset.shard(num_shards=len(self), index=shard, contiguous=False).skip(cursor)
@@ -190,7 +194,7 @@ class DatasetShards:
                 row = next(iterator)
             except StopIteration:
                 return
-            except OSError as error:
+            except (*_DAMAGE, pyarrow.ArrowException) as error:
                 yield {"reason": BAD_SHARD, "where": f"{self.reader.name}, shard {shard}: {error}"}, END
                 return
-            yield self.reader.sample(row, f"{shard}-{row_number}"), row_number + 1
+            yield self.reader.entry(row, f"{shard}-{row_number}"), row_number + 1

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .examples import Transform, check_images, make_example
 from .pairs import check_epoch
 from .positions import check_stream_state
-from .samples import ImageTextSample, stable_id
+from .samples import Entry, ImageTextSample, stable_id
 from .seeding import random_generator
-from .shards import Entry, Shards
+from .shards import Shards
 from .skipped import SkippedSample, SkippedSamples, SkipSample
 
 logger = logging.getLogger(__name__)

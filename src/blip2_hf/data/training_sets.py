@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from .columns import parquet_samples
-from .mixing import ConcatPairs, MixedPairs
+from .mixing import ConcatPairs, MixedPairs, check_weights
 from .pairs import EpochDataset, ImageTextPairs
 from .records import PathLike, existing_file
+from .seeding import random_generator
 from .shards import TarShards
 from .sources import annotation_list, caption_table, coco_captions, image_folder, karpathy_captions
 from .stream_mixing import MixedStreams
@@ -54,15 +55,16 @@ def training_set(
     Args:
         description: a JSON file, or the list in it.
         transform: makes an example of a sample (`PairTransform`).
-        seed: of captions, augmentation and order.
+        seed: of captions, augmentation and order; each entry draws from a seed of its own, made of this one and its
+            number.
         base_folder: what relative paths are relative to; default: the folder of the file.
 
     Returns:
         A map-style set, or a stream where the sources are streamed.
 
     Raises:
-        ValueError: for a file that is no such list, unknown sources or arguments, weights in some entries only,
-            streams beside map-style sets.
+        ValueError: for a file that is no such list, unknown sources or arguments, a weight that is not a positive
+            finite number, weights in some entries only, streams beside map-style sets.
     """
     where = "`description`"
     if not isinstance(description, Sequence) or isinstance(description, str):
@@ -76,7 +78,7 @@ def training_set(
         raise ValueError(f"{where} must be a list of at least one set, got {type(description).__name__}")
     entries = [_checked(entry, f"entry {number} of {where}") for number, entry in enumerate(description)]
     folder = Path("." if base_folder is None else base_folder)
-    sets = [_one_set(dict(entry), folder, transform, seed) for entry in entries]
+    sets = [_one_set(dict(entry), folder, transform, _seed(seed, number)) for number, entry in enumerate(entries)]
     weights = [entry["weight"] for entry in entries if "weight" in entry]
     streams = [isinstance(one, ExampleStream) for one in sets]
     if any(streams) and not all(streams):
@@ -104,7 +106,14 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
     needed = {name for name, parameter in known.items() if parameter.default is parameter.empty}
     if missing := sorted(needed - given):
         raise ValueError(f"{where} lacks {missing}, which {entry['source']} needs")
+    if "weight" in entry:
+        check_weights([entry["weight"]], f"`weight` of {where}")
     return entry
+
+
+def _seed(seed: int, number: int) -> int:
+    """The seed of entry `number`: with one seed, equal indices of two sets would draw the same numbers."""
+    return int(random_generator("set", seed, number).integers(2**31))
 
 
 def _one_set(entry: dict[str, Any], folder: Path, transform: Callable, seed: int) -> EpochDataset | ExampleStream:
