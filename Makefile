@@ -1,18 +1,20 @@
 # Every target sets up what it needs: a virtual environment in .venv with the pinned versions, built once and
 # again whenever pyproject.toml or constraints.txt change.
 #   make test PYTEST_ARGS="tests/test_package.py -x"     a part of the tests
-#   make test PYTHON=python3.12 THREADS=8                another interpreter (for a new .venv), more threads
+#   make test PYTHON=python3.12 WORKERS=8                another interpreter (for a new .venv), more processes
+#   make demo THREADS=8                                  more threads of torch
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   torch's CPU build
 
 PYTHON ?= python3
 THREADS ?= 2
+WORKERS ?= 2
 PYTEST_ARGS ?=
 PIP_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RUN := env OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
+RUN := env TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
 .PHONY: setup test demo lint format clean
@@ -25,10 +27,11 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: $(STAMP)
-	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 demo: $(STAMP)
-	$(RUN) $(BIN)/python examples/demo.py
+	$(RUN) OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 
 from blip2_hf.data.pairs import ImageTextPairs
-from blip2_hf.data.sources import annotation_list, caption_table, coco_captions, image_folder, karpathy_captions
+from blip2_hf.data.sources import (
+    annotation_list,
+    caption_table,
+    coco_captions,
+    image_folder,
+    karpathy_captions,
+    visual_genome_regions,
+)
 from tiny_sets import reveal, solid
 
 
@@ -74,6 +81,32 @@ def test_coco_image_without_annotation_is_kept_to_be_counted(images: Path, tmp_p
     path = write(tmp_path / "captions.json", {**COCO, "annotations": COCO["annotations"][:1]})
     samples = coco_captions(path, images)
     assert [sample.captions for sample in samples] == [(), ("nine",)]
+
+
+def test_visual_genome(tmp_path: Path) -> None:
+    """Photos in two folders, as Visual Genome has them; one of them is missing."""
+    folders = [tmp_path / "VG_100K", tmp_path / "VG_100K_2"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        solid(number).save(folder / f"{number + 5}.jpg")
+    regions = [
+        {"id": 5, "regions": [{"phrase": "a red car", "image_id": 5}, {"phrase": "a wheel", "image_id": 5}]},
+        {"id": 6, "regions": [{"phrase": "the sky", "image_id": 6}]},
+        {"id": 7, "regions": [{"phrase": "lost", "image_id": 7}]},
+    ]
+    path = write(tmp_path / "region_descriptions.json", regions)
+    samples = visual_genome_regions(path, folders)
+    assert {sample.image_id: sample.captions for sample in samples[:2]} == {
+        "vg/5": ("a red car", "a wheel"),
+        "vg/6": ("the sky",),
+    }
+    assert [Path(sample.image) for sample in samples[:2]] == [folders[0] / "5.jpg", folders[1] / "6.jpg"]
+    assert not Path(samples[2].image).exists()
+    assert len(visual_genome_regions(path, folders[0])) == 3
+    with pytest.raises(ValueError, match="must name at least one folder"):
+        visual_genome_regions(path, [])
+    with pytest.raises(ValueError, match=r"\[0\].*'regions'"):
+        visual_genome_regions(write(path, [{"id": 5}]), folders)
 
 
 def karpathy(split: str, name: str, *captions: str, **more: object) -> dict:

@@ -7,7 +7,14 @@ from .mixing import ConcatPairs, MixedPairs
 from .pairs import ImageTextPairs
 from .samples import ImageTextSample, one_sample_per_caption, stable_id
 from .shards import DatasetShards, TarShards
-from .sources import annotation_list, caption_table, coco_captions, image_folder, karpathy_captions
+from .sources import (
+    annotation_list,
+    caption_table,
+    coco_captions,
+    image_folder,
+    karpathy_captions,
+    visual_genome_regions,
+)
 from .stream_mixing import MixedStreams
 from .streaming import StreamingPairs
 from .training_sets import training_set
@@ -35,4 +42,5 @@ __all__ = [
     "parquet_samples",
     "stable_id",
     "training_set",
+    "visual_genome_regions",
 ]

@@ -11,7 +11,7 @@ the annotation file itself lacks (a file, a column, a field) is a `ValueError` t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .records import (
@@ -74,7 +74,7 @@ def image_folder(
 def coco_captions(annotations: PathLike, images: PathLike, *, name: str = "coco") -> list[ImageTextSample]:
     """COCO's own format: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.
 
-    Visual Genome's regions are published in this format too. An image without annotation gives a sample without
+    An image without annotation gives a sample without
     caption, which is skipped and counted when it is used.
 
     Args:
@@ -143,6 +143,42 @@ def karpathy_captions(
             captions += as_captions(raw, f"{sentence_place}: field 'raw'")
         image_id = id_field(record, "cocoid", place) if "cocoid" in record else record["filename"]
         found.add(file_name, tuple(captions), place, image_id)
+    return found.samples(path)
+
+
+def visual_genome_regions(
+    annotations: PathLike, images: PathLike | Sequence[PathLike], *, name: str = "vg"
+) -> list[ImageTextSample]:
+    """Visual Genome's own region_descriptions.json: [{"id", "regions": [{"phrase"}]}], the phrases as captions.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder of the images (`<id>.jpg`), or both of them (VG_100K and VG_100K_2); an image that is in none
+            is skipped and counted when it is used.
+        name: put before the image ids.
+
+    Raises:
+        ValueError: a missing file, folder or field.
+    """
+    path = existing_file(annotations, "annotations")
+    folders = [existing_folder(folder, "images") for folder in ([images] if _is_path(images) else images)]
+    if not folders:
+        raise ValueError("`images` must name at least one folder, got none")
+    found = _Images(name, folders[0])
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path} must hold a list, got {type(content).__name__}; {_other_format(content)}")
+    in_folder = {file.name: folder for folder in folders for file in os.scandir(folder)}
+    for number, record in enumerate(content):
+        place = f"{path}, [{number}]"
+        image_id = id_field(as_object(record, place), "id", place)
+        file_name = f"{image_id}.jpg"
+        captions = []
+        for region_number, region in enumerate(list_field(record, "regions", place)):
+            region_place = f"{place}.regions[{region_number}]"
+            phrase = required(as_object(region, region_place), "phrase", region_place)
+            captions += as_captions(phrase, f"{region_place}: field 'phrase'")
+        found.add(os.path.abspath(in_folder.get(file_name, folders[0]) / file_name), tuple(captions), place, image_id)
     return found.samples(path)
 
 
@@ -258,6 +294,10 @@ def _metadata(folder: Path) -> Path:
             "another file can be given as `metadata`"
         )
     return found[0]
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
 
 
 def _other_format(content: object) -> str:

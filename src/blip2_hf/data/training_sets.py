@@ -26,11 +26,26 @@ from .pairs import EpochDataset, ImageTextPairs
 from .records import PathLike, existing_file
 from .seeding import random_generator
 from .shards import TarShards
-from .sources import annotation_list, caption_table, coco_captions, image_folder, karpathy_captions
+from .sources import (
+    annotation_list,
+    caption_table,
+    coco_captions,
+    image_folder,
+    karpathy_captions,
+    visual_genome_regions,
+)
 from .stream_mixing import MixedStreams
 from .streaming import ExampleStream, StreamingPairs
 
-_IN_MEMORY = (image_folder, coco_captions, karpathy_captions, annotation_list, caption_table, parquet_samples)
+_IN_MEMORY = (
+    image_folder,
+    coco_captions,
+    karpathy_captions,
+    visual_genome_regions,
+    annotation_list,
+    caption_table,
+    parquet_samples,
+)
 _STREAMED = (TarShards,)
 SOURCES: dict[str, Callable] = {source.__name__: source for source in (*_IN_MEMORY, *_STREAMED)}
 
@@ -120,7 +135,9 @@ def _one_set(entry: dict[str, Any], folder: Path, transform: Callable, seed: int
     source = SOURCES[entry.pop("source")]
     entry.pop("weight", None)
     for name in _PATHS:
-        if entry.get(name) is not None:
+        if isinstance(entry.get(name), list):
+            entry[name] = [folder / part for part in entry[name]]
+        elif entry.get(name) is not None:
             entry[name] = folder / entry[name]
     for name in _FILE_LISTS:
         if name in entry:
