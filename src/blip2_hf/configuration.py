@@ -19,6 +19,8 @@ _INSTRUCTBLIP_PARTS = {
     "instructblip_qformer": "blip_2_qformer",
 }
 
+_BERT_SEP = 102  # [SEP] of bert-base-uncased
+
 
 class Blip2VisionConfig(PreTrainedConfig):
     """Shape of the EVA-CLIP ViT (Li et al. 2023, sec. 3.4: ViT-g/14 of EVA-CLIP without its last layer).
@@ -88,7 +90,8 @@ class Blip2QFormerConfig(PreTrainedConfig):
         pad_token_id: padding token of the Q-Former's tokenizer.
         bos_token_id: `[DEC]`, which begins a text that the Q-Former writes itself; None: the last row of the
             vocabulary, where the original code adds it.
-        eos_token_id: `[SEP]`, which ends every text; 102 in bert-base-uncased.
+        eos_token_id: `[SEP]`, which ends every text; None (as published files have it) becomes that of
+            bert-base-uncased, 102, if the vocabulary has it.
         cross_attention_frequency: layers 0, f, 2f, … attend to the image.
         encoder_hidden_size: width of the image features; a `Blip2Config` sets it from its vision tower.
         use_qformer_text_input: whether there is a text branch (embeddings and feed-forward layers of its own).
@@ -113,7 +116,7 @@ class Blip2QFormerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
-    eos_token_id: int | None = 102
+    eos_token_id: int | None = None
     cross_attention_frequency: int = 2
     encoder_hidden_size: int = 1408
     use_qformer_text_input: bool = False
@@ -136,6 +139,8 @@ class Blip2QFormerConfig(PreTrainedConfig):
         _check_epsilon(self, "layer_norm_eps")
         if self.bos_token_id is not None and not (_is_int(self.bos_token_id) and self.bos_token_id >= 0):
             raise ValueError(f"`bos_token_id` must be a token id or None, got {self.bos_token_id!r}")
+        if self.eos_token_id is None and self.vocab_size > _BERT_SEP:
+            self.eos_token_id = _BERT_SEP
         super().__post_init__(**kwargs)
 
     @property

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from blip2_hf.configuration import Blip2QFormerConfig
 from captioners import DEC, PAD, PICTURES, SEP, STEPS, Blip2ForImageTextRetrieval, captioner, greedy
 from parity import EXACT
 from tiny_models import VOCAB, peer_retrieval
@@ -118,3 +119,10 @@ def test_folders_of_transformers_and_ours(model, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ours")
     theirs = transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(theirs(PICTURES, ids).logits_per_image, model(PICTURES, ids).logits_per_image, **EXACT)
+
+
+def test_end_of_text_of_published_files() -> None:
+    """They have `null`, which is not a choice against [SEP]."""
+    assert Blip2QFormerConfig(eos_token_id=None).eos_token_id == 102
+    assert Blip2QFormerConfig(eos_token_id=7).eos_token_id == 7
+    assert Blip2QFormerConfig(vocab_size=50).eos_token_id is None

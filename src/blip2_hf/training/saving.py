@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class SavingMixin:
     """For `Trainer`: `save_connector_only`, and the card that `model_card` writes."""
 
     _written_card: str | None = None  # the last card that this run wrote
+    _plain_model: Callable[[], Any]  # the trainer's
 
     def _check_saving(self) -> None:
         """
@@ -135,6 +136,3 @@ class SavingMixin:
             if self._written_card is None:
                 self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
-
-    def _plain_model(self) -> Any:
-        raise NotImplementedError
