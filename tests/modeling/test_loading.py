@@ -1,6 +1,7 @@
 """Checkpoints: what is read and written, and errors that name the file and the keys."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -349,3 +350,15 @@ def test_other_language_model(checkpoints: Path) -> None:
     bigger = {**text_config("opt").to_dict(), "vocab_size": VOCAB + 1}
     with pytest.raises(ValueError, match=r"embed_tokens.weight \[300, 32\] instead of \[301, 32\]"):
         load(checkpoints / "opt", text_config=bigger)
+
+
+def test_what_a_published_checkpoint_lacks_is_said_once(checkpoints: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        Blip2ForImageTextRetrieval.from_pretrained(checkpoints / "retrieval")
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "does not hold lm_head.decoder.bias" in warning and warning.endswith("temperature: newly initialised")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load(checkpoints / "opt")
+    assert not caplog.records
