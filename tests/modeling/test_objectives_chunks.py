@@ -211,3 +211,13 @@ def test_held_memory_grows_by_features_and_vectors_alone(memory: Callable[[int, 
     chunked = (memory(16, 2) - memory(8, 2)) / 8
     whole = (memory(16, None) - memory(8, None)) / 8
     assert chunked < whole / 20, (chunked, whole)
+
+
+@pytest.mark.parametrize(("frozen", "calls"), [(True, 4), (False, 8)])
+def test_a_frozen_tower_is_computed_once(frozen: bool, calls: int) -> None:
+    """Per chunk; one that is trained is computed again in the backward pass."""
+    case = Case(inputs="pixel_values", frozen=frozen, chunk_size=2)
+    model = model_of(case)
+    with counted(model.vision_model.encoder.layers[0]) as towers:
+        step(case, model=model)
+    assert len(towers) == calls

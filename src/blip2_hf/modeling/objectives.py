@@ -335,8 +335,11 @@ class RepresentationLearningMixin:
                 pixels, image_embeds, vision_features, interpolate_pos_encoding
             ).last_hidden_state
 
-        sizes = part_sizes(pairs, chunk_size, pixel_values.device)
-        return torch.cat([_run(features, pixels) for pixels in pixel_values.split(sizes)])
+        chunks = pixel_values.split(part_sizes(pairs, chunk_size, pixel_values.device))
+        trained = any(parameter.requires_grad for _, parameter in self._backbones()["vision_model"])
+        if not trained:  # nothing of the tower is kept for the backward pass, so it need not be computed again there
+            return torch.cat([features(pixels) for pixels in chunks])
+        return torch.cat([_run(features, pixels) for pixels in chunks])
 
     def _global_batch(self, texts: Texts, image_ids: torch.Tensor | None) -> _GlobalBatch:
         """
