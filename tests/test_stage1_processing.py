@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from blip2_hf.image_processing import CLIP_MEAN, Blip2ImageProcessor
+from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
 from blip2_hf.processing import Blip2Processor
 from blip2_hf.stage1_processing import stage1_processor, stage1_tokenizer
-from tiny_backbones import Model, bert, random_tower, save_bert, tower_model
+from tiny_backbones import bert, random_tower, save_bert, tower_model
 from tiny_own_models import retrieval
 from tiny_tokenizers import tiny_bert_tokenizer, tiny_opt_tokenizer
 
@@ -53,7 +54,10 @@ def test_model_and_processor_agree(tmp_path: Path, text_folder: str, name: str) 
     elif name != "random":
         vision = tmp_path
         (retrieval() if name == "own" else tower_model(name)).save_pretrained(tmp_path)
-    model, processor = Model.from_backbones(vision, text_folder), stage1_processor(vision, text_folder)
+    model, processor = (
+        Blip2ForImageTextRetrieval.from_backbones(vision, text_folder),
+        stage1_processor(vision, text_folder),
+    )
     assert isinstance(processor, Blip2Processor)
     qformer, tokenizer = model.config.qformer_config, processor.tokenizer
     assert qformer.vocab_size == len(tokenizer)

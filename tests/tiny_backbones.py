@@ -20,8 +20,6 @@ from transformers import (
     SiglipModel,
 )
 
-from blip2_hf.modeling.backbones import Stage1BackbonesMixin
-from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
 from tiny_models import VISION, randomised
 from tiny_tokenizers import tiny_bert_tokenizer
 
@@ -45,10 +43,6 @@ TOWER = {
 }
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 BERT_CLASSES = {"BertModel": BertModel, "BertForMaskedLM": BertForMaskedLM, "BertForPreTraining": BertForPreTraining}
-
-
-class Model(Blip2ForImageTextRetrieval, Stage1BackbonesMixin):
-    """The retrieval model with `from_backbones`."""
 
 
 def bert(kind: str = "BertForPreTraining", **fields: object) -> PreTrainedModel:

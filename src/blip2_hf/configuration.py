@@ -19,7 +19,7 @@ _INSTRUCTBLIP_PARTS = {
     "instructblip_qformer": "blip_2_qformer",
 }
 
-_BERT_SEP = 102  # [SEP] of bert-base-uncased
+BERT_SEP = 102  # [SEP] of bert-base-uncased
 
 
 class Blip2VisionConfig(PreTrainedConfig):
@@ -139,8 +139,8 @@ class Blip2QFormerConfig(PreTrainedConfig):
         _check_epsilon(self, "layer_norm_eps")
         if self.bos_token_id is not None and not (_is_int(self.bos_token_id) and self.bos_token_id >= 0):
             raise ValueError(f"`bos_token_id` must be a token id or None, got {self.bos_token_id!r}")
-        if self.eos_token_id is None and self.vocab_size > _BERT_SEP:
-            self.eos_token_id = _BERT_SEP
+        if self.eos_token_id is None and self.vocab_size > BERT_SEP and self.decoder_start_token_id != BERT_SEP:
+            self.eos_token_id = BERT_SEP
         super().__post_init__(**kwargs)
 
     @property

@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM, GPT2Config
 from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
 from blip2_hf.stage1_processing import stage1_processor, stage1_tokenizer
 from parity import EXACT
-from tiny_backbones import Model, bert, random_tower, same, save_bert, tower_model
+from tiny_backbones import bert, random_tower, same, save_bert, tower_model
 from tiny_models import pixels
 from tiny_own_models import retrieval
 
@@ -23,8 +23,8 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(text_folder: str) -> Model:
-    return Model.from_backbones(random_tower(), text_folder, num_query_tokens=5)
+def model(text_folder: str) -> Blip2ForImageTextRetrieval:
+    return Blip2ForImageTextRetrieval.from_backbones(random_tower(), text_folder, num_query_tokens=5)
 
 
 def batch(text: str) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ def without_token_types(model: torch.nn.Module) -> torch.nn.Module:
 def test_text_features_are_berts(tmp_path: Path, kind: str) -> None:
     source = bert(kind)
     text = save_bert(tmp_path, source)
-    ours = Model.from_backbones(random_tower(), text)
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
     inputs = batch(text)
     real = inputs["attention_mask"].bool()
     assert not real.all()
@@ -65,7 +65,7 @@ def test_text_features_are_berts(tmp_path: Path, kind: str) -> None:
     assert not torch.allclose(ours.lm_head(features)[real][:, : logits.shape[-1]], logits[real], **EXACT)
 
 
-def test_values_tensor_by_tensor(model: Model) -> None:
+def test_values_tensor_by_tensor(model: Blip2ForImageTextRetrieval) -> None:
     own, theirs = model.state_dict(), bert().state_dict()
     for layer in range(3):
         source, target = f"bert.encoder.layer.{layer}.", f"qformer.encoder.layer.{layer}."
@@ -91,7 +91,7 @@ def test_values_tensor_by_tensor(model: Model) -> None:
     assert same(own["lm_head.decoder.bias"][:-1], theirs["cls.predictions.bias"])
 
 
-def test_config_is_berts(model: Model, text_folder: str) -> None:
+def test_config_is_berts(model: Blip2ForImageTextRetrieval, text_folder: str) -> None:
     config, tokenizer = model.config.qformer_config, stage1_tokenizer(text_folder)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (24, 3, 4)
     assert (config.intermediate_size, config.max_position_embeddings, config.layer_norm_eps) == (40, 64, 1e-6)
@@ -107,7 +107,9 @@ def test_config_is_berts(model: Model, text_folder: str) -> None:
 
 def test_new_tensors_are_drawn(text_folder: str) -> None:
     torch.manual_seed(0)
-    first = Model.from_backbones(random_tower(), text_folder, num_query_tokens=32, image_text_hidden_size=64)
+    first = Blip2ForImageTextRetrieval.from_backbones(
+        random_tower(), text_folder, num_query_tokens=32, image_text_hidden_size=64
+    )
     cross = first.qformer.encoder.layer[0].crossattention
     for weight in (cross.attention.query.weight, cross.attention.key.weight, first.query_tokens):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -119,9 +121,11 @@ def test_new_tensors_are_drawn(text_folder: str) -> None:
     assert first.temperature.item() == pytest.approx(0.07)
     assert first.lm_head.decoder.weight is first.embeddings.word_embeddings.weight
     torch.manual_seed(0)
-    again = Model.from_backbones(random_tower(), text_folder, num_query_tokens=32, image_text_hidden_size=64)
+    again = Blip2ForImageTextRetrieval.from_backbones(
+        random_tower(), text_folder, num_query_tokens=32, image_text_hidden_size=64
+    )
     assert all(same(value, again.state_dict()[key]) for key, value in first.state_dict().items())
-    other = Model.from_backbones(random_tower(), text_folder, num_query_tokens=32)
+    other = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text_folder, num_query_tokens=32)
     assert not same(other.query_tokens, first.query_tokens)
 
 
@@ -129,7 +133,7 @@ def test_vocabulary_that_has_the_start_token(tmp_path: Path) -> None:
     source = bert()
     source.resize_token_embeddings(source.config.vocab_size + 1)
     text = save_bert(tmp_path, source, decoder_start=True)
-    ours = Model.from_backbones(random_tower(), text)
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
     assert ours.config.qformer_config.vocab_size == source.config.vocab_size
     assert ours.config.qformer_config.bos_token_id == source.config.vocab_size - 1
     assert same(ours.embeddings.word_embeddings.weight, source.bert.embeddings.word_embeddings.weight)
@@ -139,13 +143,13 @@ def test_vocabulary_that_has_the_start_token(tmp_path: Path) -> None:
 def test_without_tokenizer(tmp_path: Path) -> None:
     source = bert()
     source.save_pretrained(tmp_path)
-    config = Model.from_backbones(random_tower(), tmp_path).config.qformer_config
+    config = Blip2ForImageTextRetrieval.from_backbones(random_tower(), tmp_path).config.qformer_config
     assert (config.bos_token_id, config.vocab_size) == (source.config.vocab_size, source.config.vocab_size + 1)
     with pytest.raises(ValueError, match="has no tokenizer"):
         stage1_tokenizer(tmp_path)
 
 
-def test_old_names_and_files(tmp_path: Path, model: Model) -> None:
+def test_old_names_and_files(tmp_path: Path, model: Blip2ForImageTextRetrieval) -> None:
     """LayerNorm's gamma and beta, `position_ids`, the decoder twice, in a pickle."""
     source = bert()
     text = save_bert(tmp_path / "old", source)
@@ -158,26 +162,26 @@ def test_old_names_and_files(tmp_path: Path, model: Model) -> None:
     state["cls.predictions.decoder.weight"] = source.bert.embeddings.word_embeddings.weight.detach()
     state["cls.predictions.decoder.bias"] = source.cls.predictions.bias.detach()
     torch.save(state, tmp_path / "old" / "pytorch_model.bin")
-    ours = Model.from_backbones(random_tower(), text)
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
     _same_text(ours, model)
     why = {row.source_keys: row.note for row in ours.backbone_report.dropped}
     assert why["cls.predictions.decoder.*"].startswith("same as")
     assert why["bert.embeddings.position_ids"] == "not a weight"
 
 
-def test_shards_and_half_precision(tmp_path: Path, model: Model) -> None:
+def test_shards_and_half_precision(tmp_path: Path, model: Blip2ForImageTextRetrieval) -> None:
     text = save_bert(tmp_path, bert(), max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    _same_text(Model.from_backbones(random_tower(), text), model)
+    _same_text(Blip2ForImageTextRetrieval.from_backbones(random_tower(), text), model)
     next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
     with pytest.raises(ValueError, match="is missing"):
-        Model.from_backbones(random_tower(), text)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
     half = save_bert(tmp_path / "half", bert().half())
-    ours = Model.from_backbones(random_tower(), half)
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), half)
     assert {weight.dtype for weight in ours.parameters()} == {torch.float32}
 
 
-def _same_text(first: Model, second: Model) -> None:
+def _same_text(first: Blip2ForImageTextRetrieval, second: Blip2ForImageTextRetrieval) -> None:
     kept = [row.target.replace(".*", "") for row in second.backbone_report.initialised]
     compared = 0
     for key, value in first.state_dict().items():
@@ -197,17 +201,17 @@ def _same_text(first: Model, second: Model) -> None:
 def test_other_models_are_refused(tmp_path: Path, text_folder: str) -> None:
     GPT2Config(n_layer=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`text` must be a BERT.*gpt2"):
-        Model.from_backbones(random_tower(), tmp_path)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), tmp_path)
     with pytest.raises(ValueError, match="`text` must be a folder"):
-        Model.from_backbones(random_tower(), None)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), None)
     with pytest.raises(ValueError, match="`vision` must be"):
-        Model.from_backbones(None, text_folder)
+        Blip2ForImageTextRetrieval.from_backbones(None, text_folder)
     with pytest.raises(ValueError, match="`vision` must be"):
-        Model.from_backbones(tower_model("clip"), text_folder)
+        Blip2ForImageTextRetrieval.from_backbones(tower_model("clip"), text_folder)
     relative = bert()
     relative.config.position_embedding_type = "relative_key"
     with pytest.raises(ValueError, match="absolute positions"):
-        Model.from_backbones(random_tower(), save_bert(tmp_path / "relative", relative))
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), save_bert(tmp_path / "relative", relative))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, change, message: str)
     change(state)
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
-        Model.from_backbones(random_tower(), text)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
 
 
 def test_broken_and_absent_files_are_refused(tmp_path: Path) -> None:
@@ -240,14 +244,14 @@ def test_broken_and_absent_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="model.safetensors cannot be read"):
-        Model.from_backbones(random_tower(), text)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
     file.unlink()
     with pytest.raises(ValueError, match="has no weights"):
-        Model.from_backbones(random_tower(), text)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), text)
 
 
 def test_overrides(text_folder: str) -> None:
-    ours = Model.from_backbones(
+    ours = Blip2ForImageTextRetrieval.from_backbones(
         random_tower(),
         text_folder,
         itg_weight=0.0,
@@ -262,7 +266,9 @@ def test_overrides(text_folder: str) -> None:
     assert ours.config.qformer_config.hidden_dropout_prob == 0.0
     assert ours.config.qformer_config.intermediate_size == 40
     assert ours.embeddings.word_embeddings.num_embeddings == 256
-    shallow = Model.from_backbones(random_tower(), text_folder, qformer_config={"num_hidden_layers": 2})
+    shallow = Blip2ForImageTextRetrieval.from_backbones(
+        random_tower(), text_folder, qformer_config={"num_hidden_layers": 2}
+    )
     assert len(shallow.qformer.encoder.layer) == 2
     assert any("behind the last of 2 layers" in row.note for row in shallow.backbone_report.dropped)
 
@@ -287,7 +293,7 @@ def test_overrides(text_folder: str) -> None:
 )
 def test_wrong_overrides_are_refused(text_folder: str, overrides: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Model.from_backbones(random_tower(), text_folder, **overrides)
+        Blip2ForImageTextRetrieval.from_backbones(random_tower(), text_folder, **overrides)
 
 
 # -- report and saving ---------------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ def test_every_tensor_is_in_the_report(tmp_path: Path, text_folder: str, name: s
     if name != "random":
         vision = tmp_path
         (tower_model("clip") if name == "clip" else retrieval()).save_pretrained(tmp_path)
-    ours = Model.from_backbones(vision, text_folder)
+    ours = Blip2ForImageTextRetrieval.from_backbones(vision, text_folder)
     report = ours.backbone_report
     state = ours.state_dict()
     partial = [row for row in report.initialised if "[" in row.target]
@@ -327,7 +333,7 @@ def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     tower_model("clip").save_pretrained(tmp_path / "clip")
     text = save_bert(tmp_path / "bert", bert("BertModel"))
     with caplog.at_level(logging.INFO, logger="blip2_hf"):
-        ours = Model.from_backbones(tmp_path / "clip", text)
+        ours = Blip2ForImageTextRetrieval.from_backbones(tmp_path / "clip", text)
     records = [record for record in caplog.records if record.name.startswith("blip2_hf")]
     assert any(str(ours.backbone_report) in r.getMessage() and r.levelno == logging.INFO for r in records)
     assert any("no language-modelling head" in r.getMessage() and r.levelno == logging.WARNING for r in records)
@@ -340,12 +346,12 @@ def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_untied_head_is_named(tmp_path: Path) -> None:
     source = bert(tie_word_embeddings=False)
     assert source.cls.predictions.decoder.weight is not source.bert.embeddings.word_embeddings.weight
-    ours = Model.from_backbones(random_tower(), save_bert(tmp_path, source))
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), save_bert(tmp_path, source))
     assert any("differs from the word embeddings" in row.note for row in ours.backbone_report.dropped)
 
 
 def test_saving(tmp_path: Path, text_folder: str) -> None:
-    ours = Model.from_backbones(random_tower(), text_folder)
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text_folder)
     with pytest.raises(ValueError, match="save it in full once"):
         ours.save_pretrained(tmp_path / "connector", connector_only=True)
     ours.save_pretrained(tmp_path / "full")
@@ -364,7 +370,7 @@ def test_saving(tmp_path: Path, text_folder: str) -> None:
 
 
 def test_trains(text_folder: str) -> None:
-    ours = Model.from_backbones(random_tower(), text_folder).train()
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text_folder).train()
     processor = stage1_processor(random_tower(), text_folder)
     inputs = processor(text=["a dog on the beach", "two cats"], return_tensors="pt")
     before = {key: value.clone() for key, value in ours.state_dict().items()}

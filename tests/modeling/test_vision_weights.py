@@ -12,7 +12,7 @@ from blip2_hf.configuration import Blip2Config
 from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
 from blip2_hf.modeling.vision import Blip2VisionModel
 from parity import EXACT
-from tiny_backbones import TOWER, Model, bert, random_tower, same, save_bert, tower_model
+from tiny_backbones import TOWER, bert, random_tower, same, save_bert, tower_model
 from tiny_models import VISION, peer_retrieval, pixels, randomised
 from tiny_own_models import CLIP, retrieval, retrieval_config
 
@@ -28,7 +28,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_tower_features(tmp_path: Path, text_folder: str, name: str, layer: int) -> None:
     source = tower_model(name)
     source.save_pretrained(tmp_path)
-    ours = Model.from_backbones(tmp_path, text_folder, vision_feature_layer=layer)
+    ours = Blip2ForImageTextRetrieval.from_backbones(tmp_path, text_folder, vision_feature_layer=layer)
     tower = getattr(source, "vision_model", source)
     outputs = tower(pixel_values=pixels(), output_hidden_states=True)
     expected = outputs.hidden_states[3] if layer == -2 else outputs.last_hidden_state
@@ -52,7 +52,7 @@ def test_tower_of_a_blip2(tmp_path: Path, text_folder: str, kind: str) -> None:
         source = peer_retrieval() if kind == "transformers" else retrieval(CLIP if kind == "clip" else VISION)
         tower = source.vision_model
     source.save_pretrained(tmp_path, max_shard_size="40KB")
-    ours = Model.from_backbones(tmp_path, text_folder)
+    ours = Blip2ForImageTextRetrieval.from_backbones(tmp_path, text_folder)
     expected = tower(pixels()).last_hidden_state
     torch.testing.assert_close(ours.vision_model(pixels()).last_hidden_state, expected, **EXACT)
     assert same(ours.vision_model.post_layernorm.weight, tower.post_layernorm.weight)
@@ -68,23 +68,23 @@ def test_incomplete_towers_are_refused(tmp_path: Path, text_folder: str) -> None
     missing = next(key for key in state if key.startswith("vision_model.") and "layers.1.mlp.fc1.weight" in key)
     source.save_pretrained(tmp_path, state_dict={key: value for key, value in state.items() if key != missing})
     with pytest.raises(ValueError, match=r"`vision` .*mlp.fc1.weight"):
-        Model.from_backbones(tmp_path, text_folder)
+        Blip2ForImageTextRetrieval.from_backbones(tmp_path, text_folder)
     own = retrieval()
     own.save_pretrained(tmp_path / "own")
     config = Blip2Config.from_pretrained(tmp_path / "own")
     config.vision_config.num_hidden_layers += 1
     config.save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match=r"`vision` .*missing: vision_model.encoder.layers.3"):
-        Model.from_backbones(tmp_path / "own", text_folder)
+        Blip2ForImageTextRetrieval.from_backbones(tmp_path / "own", text_folder)
     connector = Blip2ForImageTextRetrieval.from_pretrained(_saved(retrieval(), tmp_path / "full"))
     connector.save_pretrained(tmp_path / "connector", connector_only=True)
     with pytest.raises(ValueError, match="connector-only"):
-        Model.from_backbones(tmp_path / "connector", text_folder)
+        Blip2ForImageTextRetrieval.from_backbones(tmp_path / "connector", text_folder)
     tower_model("clip").save_pretrained(tmp_path / "clip")
     with pytest.raises(ValueError, match="`vision_feature_layer` must name one of the tower's 4 layers"):
-        Model.from_backbones(tmp_path / "clip", text_folder, vision_feature_layer=9)
+        Blip2ForImageTextRetrieval.from_backbones(tmp_path / "clip", text_folder, vision_feature_layer=9)
     with pytest.raises(ValueError, match="`vision` .* is not a vision tower"):
-        Model.from_backbones(text_folder, text_folder)
+        Blip2ForImageTextRetrieval.from_backbones(text_folder, text_folder)
 
 
 def _saved(model: Blip2ForImageTextRetrieval, folder: Path) -> Path:
@@ -96,7 +96,7 @@ def test_tower_of_a_classifier(tmp_path: Path, text_folder: str) -> None:
     """Its pooler is missing, its classifier is not needed; neither has to do with the features."""
     source = randomised(ViTForImageClassification(ViTConfig(**TOWER)))
     source.save_pretrained(tmp_path)
-    ours = Model.from_backbones(tmp_path, text_folder)
+    ours = Blip2ForImageTextRetrieval.from_backbones(tmp_path, text_folder)
     rows = {row.target: row.note for row in ours.backbone_report.initialised}
     assert rows["vision_model.tower.pooler.dense.*"] == "random, not used for the features"
     assert "classifier.*" in {row.source_keys for row in ours.backbone_report.dropped}
@@ -106,7 +106,7 @@ def test_tower_of_a_classifier(tmp_path: Path, text_folder: str) -> None:
 def test_half_precision_tower(tmp_path: Path, text_folder: str, dtype: torch.dtype) -> None:
     for name, source in (("clip", tower_model("clip")), ("own", retrieval())):
         source.save_pretrained(tmp_path / name)
-        ours = Model.from_backbones(tmp_path / name, text_folder, vision_dtype=dtype)
+        ours = Blip2ForImageTextRetrieval.from_backbones(tmp_path / name, text_folder, vision_dtype=dtype)
         for key, weight in ours.named_parameters():
             assert weight.dtype == (torch.float32 if weight.requires_grad else dtype), key
         assert ours.vision_model.post_layernorm.weight.dtype == torch.float32
@@ -118,5 +118,5 @@ def test_half_precision_tower(tmp_path: Path, text_folder: str, dtype: torch.dty
 
 
 def test_unfrozen_tower(text_folder: str) -> None:
-    ours = Model.from_backbones(random_tower(), text_folder, freeze_vision=False)
+    ours = Blip2ForImageTextRetrieval.from_backbones(random_tower(), text_folder, freeze_vision=False)
     assert all(weight.requires_grad for weight in ours.parameters())

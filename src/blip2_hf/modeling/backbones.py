@@ -10,7 +10,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from ..configuration import Blip2Config, Blip2QFormerConfig
+from ..configuration import BERT_SEP, Blip2Config, Blip2QFormerConfig
 from ..stage1_processing import has_tokenizer, stage1_tokenizer
 from .backbone_report import BackboneReport, TensorOrigin, report_rows
 from .bert_weights import BertWeights, bert_fields, read_bert
@@ -22,7 +22,6 @@ logger = logging.get_logger(__name__)
 # Fields of `Blip2Config` that come from the backbones, or mean nothing in a new retrieval model.
 _NOT_OVERRIDABLE = {"vision_config", "text_config", "connector_of"}
 _HALF = (torch.float16, torch.bfloat16)
-_BERT_SEP = 102
 _TIED = "lm_head.decoder.weight"
 # What no backbone has.
 _NEW = (
@@ -164,7 +163,7 @@ def _qformer_fields(text: str, bert: dict[str, Any], overrides: dict[str, Any]) 
         needed = max(rows, len(tokenizer), tokenizer.bos_token_id + 1)
     else:
         fields["bos_token_id"] = rows
-        fields["eos_token_id"] = _BERT_SEP if rows > _BERT_SEP else None
+        fields["eos_token_id"] = BERT_SEP if rows > BERT_SEP else None
         needed = rows + 1
         logger.warning(
             f"{text} has no tokenizer: [DEC] is taken to be token {rows} (new), [SEP] to be {fields['eos_token_id']}"
