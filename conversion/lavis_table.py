@@ -1,78 +1,33 @@
 """Parameter names of the original code (LAVIS, https://github.com/salesforce/LAVIS) and ours, as one table.
 
-Placeholders: `{n}` a layer number, `{p}` weight or bias, `{qv}` q or v, `{rest}` anything. A name that no row explains
-is not converted but reported (`conversion.lavis`).
-
-The tower is the EVA ViT. The original's own files hold only what was trained (and buffers), so in most of them there
-is no tower at all.
+The original's own files hold only what was trained, buffers and second names of frozen tensors, so in most of them
+there is no tower and nothing of the language model but its tied embeddings.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from enum import Enum
-from functools import cache
-
-
-class How(Enum):
-    """What happens to a tensor between the two names."""
-
-    RENAMED = "the same tensor under the other name"
-    RESHAPED = "the same number: a scalar there, [1] here"
-    MERGED = "biases of queries and values there, one vector with zeros for the keys between them here"
-    TIED = "the word embeddings once more, on both sides"
-    REPEATED = "a second name, there only, for the tensor that the row above it has"
-    BUFFER = "no parameter: dropped on the way to us, generated on the way back"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        lavis: name or names of the original.
-        ours: name or names here; None where we have none.
-        how: what else is done.
-        why: the reason, where something is dropped, generated, merged or repeated.
-        language: "opt" or "t5" where only models with that language model have the name.
-    """
-
-    lavis: str
-    ours: str | None
-    how: How = How.RENAMED
-    why: str = ""
-    language: str | None = None
-
+from .rows import Relation, Row, Table
+from .tower_tables import CLIP, CLIP_LAST_NORM, EVA, in_model
 
 WORD_EMBEDDINGS = ("Qformer.bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight")
 POSITION_EMBEDDINGS = ("Qformer.bert.embeddings.position_embeddings.weight", "embeddings.position_embeddings.weight")
 HEAD_BIAS = ("Qformer.cls.predictions.bias", "lm_head.decoder.bias")
 
-_VIT, _OUR_VIT = "visual_encoder", "vision_model"
-_BLOCK, _OUR_BLOCK = f"{_VIT}.blocks.{{n}}", f"{_OUR_VIT}.encoder.layers.{{n}}"
 _LAYER, _OUR_LAYER = "Qformer.bert.encoder.layer.{n}", "qformer.encoder.layer.{n}"
+_OPT_WORDS, _T5_WORDS = "language_model.model.decoder.embed_tokens.weight", "language_model.shared.weight"
 
 # fmt: off
-TABLE: tuple[Row, ...] = (
-    # tower
-    Row(f"{_VIT}.cls_token",                f"{_OUR_VIT}.embeddings.class_embedding"),
-    Row(f"{_VIT}.pos_embed",                f"{_OUR_VIT}.embeddings.position_embedding"),
-    Row(f"{_VIT}.patch_embed.proj.{{p}}",   f"{_OUR_VIT}.embeddings.patch_embedding.{{p}}"),
-    Row(f"{_BLOCK}.norm1.{{p}}",            f"{_OUR_BLOCK}.layer_norm1.{{p}}"),
-    Row(f"{_BLOCK}.attn.qkv.weight",        f"{_OUR_BLOCK}.self_attn.qkv.weight"),
-    Row(f"{_BLOCK}.attn.{{qv}}_bias",       f"{_OUR_BLOCK}.self_attn.qkv.bias", How.MERGED,
-        "the original has no bias of the keys; ours changes nothing (it cancels in the softmax) and is dropped"),
-    Row(f"{_BLOCK}.attn.proj.{{p}}",        f"{_OUR_BLOCK}.self_attn.projection.{{p}}"),
-    Row(f"{_BLOCK}.norm2.{{p}}",            f"{_OUR_BLOCK}.layer_norm2.{{p}}"),
-    Row(f"{_BLOCK}.mlp.fc1.{{p}}",          f"{_OUR_BLOCK}.mlp.fc1.{{p}}"),
-    Row(f"{_BLOCK}.mlp.fc2.{{p}}",          f"{_OUR_BLOCK}.mlp.fc2.{{p}}"),
-    Row("ln_vision.{p}",                    f"{_OUR_VIT}.post_layernorm.{{p}}"),
+TABLE: Table = (
+    *in_model(EVA),
+    *in_model(CLIP),
+    *CLIP_LAST_NORM,
+    Row("ln_vision.{p}",                    "vision_model.post_layernorm.{p}"),
     # Q-Former
     Row("query_tokens",                     "query_tokens"),
     Row(*WORD_EMBEDDINGS),
     Row(*POSITION_EMBEDDINGS),
-    Row("Qformer.bert.embeddings.position_ids", None, How.BUFFER, "0, 1, 2, … as many as there are positions"),
+    Row("Qformer.bert.embeddings.position_ids", None, Relation.BUFFER, "0, 1, 2, … as many as there are positions",
+        needs="qformer.layernorm.weight", tied_to=POSITION_EMBEDDINGS[1]),
     Row("Qformer.bert.embeddings.LayerNorm.{p}",            "qformer.layernorm.{p}"),
     Row(f"{_LAYER}.attention.self.query.{{p}}",             f"{_OUR_LAYER}.attention.attention.query.{{p}}"),
     Row(f"{_LAYER}.attention.self.key.{{p}}",               f"{_OUR_LAYER}.attention.attention.key.{{p}}"),
@@ -94,33 +49,36 @@ TABLE: tuple[Row, ...] = (
     Row("vision_proj.{p}",                  "vision_projection.{p}"),
     Row("text_proj.{p}",                    "text_projection.{p}"),
     Row("itm_head.{p}",                     "itm_head.{p}"),
-    Row("temp",                             "temperature", How.RESHAPED, "FSDP2 shards no scalars"),
+    Row("temp",                             "temperature", Relation.RESHAPED, "FSDP2 shards no scalars"),
     Row("Qformer.cls.predictions.transform.dense.{p}",      "lm_head.dense.{p}"),
     Row("Qformer.cls.predictions.transform.LayerNorm.{p}",  "lm_head.layer_norm.{p}"),
     Row(*HEAD_BIAS),
-    Row("Qformer.cls.predictions.decoder.bias",     HEAD_BIAS[1], How.REPEATED, "one parameter with two names"),
-    Row("Qformer.cls.predictions.decoder.weight",   "lm_head.decoder.weight", How.TIED,
-        "not in every file of ours: safetensors stores tied weights once"),
+    Row("Qformer.cls.predictions.decoder.bias",     None, Relation.TIED, "the bias under its second name",
+        tied_to=HEAD_BIAS[1], needs=HEAD_BIAS[1]),
+    Row("Qformer.cls.predictions.decoder.weight",   "lm_head.decoder.weight", Relation.TIED,
+        "the word embeddings, which files of ours hold once", tied_to=WORD_EMBEDDINGS[1], needs=HEAD_BIAS[1]),
     # stage 2
     Row("opt_proj.{p}",     "language_projection.{p}",  language="opt"),
+    Row("opt_model.model.decoder.embed_tokens.weight", _OPT_WORDS, Relation.VOCABULARY, language="opt"),
+    Row("opt_model.lm_head.weight", "language_model.lm_head.weight", Relation.TIED, "the word embeddings, once more",
+        language="opt", tied_to=_OPT_WORDS, needs=_OPT_WORDS, alone=True),
     Row("opt_model.{rest}", "language_model.{rest}",    language="opt"),
     Row("t5_proj.{p}",      "language_projection.{p}",  language="t5"),
+    Row("t5_model.shared.weight", _T5_WORDS, Relation.VOCABULARY, language="t5"),
+    Row("t5_model.encoder.embed_tokens.weight", "language_model.encoder.embed_tokens.weight", Relation.TIED,
+        "the word embeddings, once more", language="t5", tied_to=_T5_WORDS, needs=_T5_WORDS, alone=True),
+    Row("t5_model.decoder.embed_tokens.weight", "language_model.decoder.embed_tokens.weight", Relation.TIED,
+        "the word embeddings, once more", language="t5", tied_to=_T5_WORDS, needs=_T5_WORDS, alone=True),
+    Row("t5_model.lm_head.weight", "language_model.lm_head.weight", Relation.VOCABULARY, language="t5"),
     Row("t5_model.{rest}",  "language_model.{rest}",    language="t5"),
 )
+# What a file as the original's runner writes it leaves out of a model of ours.
+FROZEN_TOWER: Table = (
+    Row(None, "vision_model.tower.{rest}", Relation.DROPPED, "frozen: the original reads it from clip_vit_L.pth"),
+    *(Row(None, f"vision_model.{part}.{{rest}}", Relation.DROPPED, "frozen: the original reads it from eva_vit_g.pth")
+      for part in ("embeddings", "encoder")),
+)
+FROZEN_LANGUAGE_MODEL: Table = (
+    Row(None, "language_model.{rest}", Relation.DROPPED, "frozen: the original reads it from its own folder"),
+)
 # fmt: on
-
-_PLACEHOLDERS = {"n": r"\d+", "p": "weight|bias", "qv": "q|v", "rest": ".+"}
-
-
-@cache
-def _pattern(names: str) -> re.Pattern:
-    expression = re.escape(names)
-    for placeholder, values in _PLACEHOLDERS.items():
-        expression = expression.replace(rf"\{{{placeholder}\}}", f"(?P<{placeholder}>{values})")
-    return re.compile(expression)
-
-
-def read(names: str | None, name: str) -> dict[str, str] | None:
-    """The placeholders' values if `name` is one of `names` (a cell of the table), else None."""
-    match = None if names is None else _pattern(names).fullmatch(name)
-    return None if match is None else match.groupdict()

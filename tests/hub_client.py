@@ -26,6 +26,7 @@ from blip2_hf import (
     Blip2ImageProcessor,
     Blip2Processor,
 )
+from blip2_hf.hub import push_folder
 from tiny_models import IMAGE_SIZE, QFORMER, QUERIES, VISION, text_config
 from tiny_tokenizers import tiny_bert_tokenizer, tiny_opt_tokenizer
 
@@ -138,6 +139,19 @@ def saving_and_pushing() -> dict[str, Any]:
     return {"plain": sorted(os.listdir("plain")), "readme": (folder / "README.md").read_text()}
 
 
+def folders() -> dict[str, Any]:
+    """A finished folder as it lies there; then another one over it, into whose repository somebody put a card."""
+    (Path("plain") / "qformer_tokenizer").mkdir()
+    (Path("plain") / "qformer_tokenizer" / "vocab.txt").write_text("[PAD]")
+    facts: dict[str, Any] = {"url": str(push_folder("plain", "folder"))}
+    HfApi().upload_file(path_or_fileobj=USERS_CARD.encode(), path_in_repo="README.md", repo_id="tester/folder")
+    model, _ = scorer()
+    model.save_pretrained("sharded", max_shard_size="30KB")
+    push_folder("sharded", "tester/folder")
+    facts["tensors"] = same_tensors(model, Blip2ForImageTextRetrieval.from_pretrained("tester/folder"))
+    return facts
+
+
 def connector() -> dict[str, Any]:
     model = Blip2ForConditionalGeneration.from_pretrained("tester/captioner")
     with torch.no_grad():
@@ -167,7 +181,7 @@ def main(folder: str) -> None:
     torch.manual_seed(0)
     os.chdir(folder)
     photo().save("photo.jpg")
-    steps = (generation, retrieval, saving_and_pushing, connector, refusals)
+    steps = (generation, retrieval, saving_and_pushing, folders, connector, refusals)
     facts = {step.__name__: step() for step in steps}
     Path("facts.json").write_text(json.dumps(facts))
 

@@ -121,6 +121,14 @@ def test_save_pretrained_that_pushes(hub: HubServer, facts: dict) -> None:
     assert "notes.txt" not in hub.files("tester/described")
 
 
+def test_upload_of_a_folder(hub: HubServer, facts: dict) -> None:
+    assert "tester/folder" in facts["folders"]["url"] and facts["folders"]["tensors"]
+    files = hub.files("tester/folder")
+    assert files["qformer_tokenizer/vocab.txt"] == b"[PAD]"
+    assert files["README.md"].decode() == hub_client.USERS_CARD
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+
+
 def test_connector_only_upload(hub: HubServer, facts: dict) -> None:
     assert facts["connector"]["tensors"]
     files = hub.files("tester/connector")

@@ -303,3 +303,22 @@ def _commit(
 
 def _is_weight_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _WEIGHT_FILES)
+
+
+def push_folder(folder: str | os.PathLike[str], repo_id: str, *, token: str | bool | None = None) -> CommitInfo:
+    """Uploads a folder that holds a whole model in one commit; a card of the repository stays.
+
+    Args:
+        folder: as `save_pretrained` or `conversion/convert.py` writes it.
+        repo_id: "owner/model", or "model" in the user's own namespace; made if missing.
+        token: access token; None or True: the stored one; False: none.
+
+    Raises:
+        ValueError: if `repo_id` cannot be a repository's name.
+    """
+    folder, api = Path(folder), _api()
+    repo_id = _create_repository(api, repo_id, None, token)
+    files = set(_modification_times(folder))
+    if _existing_card(api, repo_id, token) is not None:
+        files.discard(CARD_NAME)
+    return _commit(api, repo_id, folder, files, f"Upload {folder.name}", token=token)

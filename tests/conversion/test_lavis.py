@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from functools import cache
 
 import pytest
@@ -11,8 +10,10 @@ import torch
 from blip2_hf.configuration import Blip2Config
 from blip2_hf.modeling.retrieval import Blip2ForImageTextRetrieval
 from conversion.lavis import to_lavis, to_ours
-from conversion.lavis_table import TABLE, How
-from lavis_names import FIXTURES, fixture, model_with_original_weights, original_state_dict
+from conversion.lavis_table import TABLE
+from conversion.rows import Relation, read
+from lavis_names import fixture, model_with_original_weights, original_state_dict, stage_2_state_dict
+from original_keys import clip_shapes, in_original_file, stage_1
 
 # Counted by the original code.
 ORIGINAL_QFORMER = 186_282_811
@@ -21,21 +22,6 @@ ORIGINAL_VIT_G = 985_894_528
 KEY_BIASES = 39 * 1408
 
 StateDict = dict[str, torch.Tensor]
-
-
-@cache
-def full_size_keys(*, in_file: bool = False) -> StateDict:
-    """The original's stage-1 state dict with ViT-g on the meta device; `in_file`: what its checkpoint file holds."""
-    found = {}
-    with open(FIXTURES / "lavis_stage1_keys.tsv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            layers = [0] if row["layers"] == "-" else range(*map(int, row["layers"].split(":")))
-            shape = () if row["shape"] == "-" else tuple(map(int, row["shape"].split("x")))
-            for n in layers:
-                if row["in_file"] == "yes" or not in_file:
-                    tensor = torch.empty(shape, dtype=getattr(torch, row["dtype"]), device="meta")
-                    found[row["name"].replace("{n}", str(n))] = tensor
-    return found
 
 
 @cache
@@ -56,18 +42,12 @@ def assert_bit_for_bit(found: StateDict, expected: StateDict) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def stage_2(language: str) -> StateDict:
-    prefix = "state_dict/"
-    tensors = fixture(f"stage2_{language}_tiny")
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 # -- full size ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_list_of_keys_is_whole():
-    assert len(full_size_keys()) == 857
-    assert len(full_size_keys(in_file=True)) == 346
+    assert len(stage_1()) == 857
+    assert len(stage_1(in_file=True)) == 346
 
 
 @pytest.mark.parametrize("name", ["blip2-itm-vit-g", "blip2-itm-vit-g-coco"])
@@ -76,12 +56,12 @@ def test_full_size_model_has_exactly_these_keys_and_shapes(name):
     if name.endswith("coco"):  # fine-tuned at 364 px: more positions, nothing else
         assert ours.pop("vision_model.embeddings.position_embedding") == (1, 26 * 26 + 1, 1408)
         ours["vision_model.embeddings.position_embedding"] = (1, 257, 1408)
-    assert shapes(to_ours(full_size_keys())) == ours
+    assert shapes(to_ours(stage_1())) == ours
 
 
 def test_full_size_keys_there_and_back():
-    assert shapes(to_lavis(to_ours(full_size_keys()))) == shapes(full_size_keys())
-    assert shapes(to_lavis(full_size_model("blip2-itm-vit-g").state_dict())) == shapes(full_size_keys())
+    assert shapes(to_lavis(to_ours(stage_1()))) == shapes(stage_1())
+    assert shapes(to_lavis(full_size_model("blip2-itm-vit-g").state_dict())) == shapes(stage_1())
 
 
 @pytest.mark.parametrize("name", ["blip2-itm-vit-g", "blip2-itm-vit-l"])
@@ -91,7 +71,7 @@ def test_file_without_the_tower_is_everything_else(name):
     width = model.config.vision_config.hidden_size
     trained = {n: t for n, t in model.state_dict().items() if not n.startswith("vision_model.")}
     trained |= {f"vision_model.post_layernorm.{p}": torch.empty(width, device="meta") for p in ("weight", "bias")}
-    expected = shapes(to_ours(full_size_keys(in_file=True)))
+    expected = shapes(to_ours(stage_1(in_file=True)))
     if name == "blip2-itm-vit-l":
         expected = {key: tuple(1024 if size == 1408 else size for size in shape) for key, shape in expected.items()}
     assert expected == shapes(trained)
@@ -101,7 +81,7 @@ def test_parameter_counts_of_the_original():
     """A parameter with two names counts once, as it does for the original and for `named_parameters`."""
     original = {
         name: tensor.numel()
-        for name, tensor in full_size_keys().items()
+        for name, tensor in stage_1().items()
         if not name.endswith((".position_ids", ".decoder.weight", ".decoder.bias"))
     }
     assert sum(count for name, count in original.items() if name.startswith("Qformer.")) == ORIGINAL_QFORMER
@@ -139,12 +119,13 @@ def test_saved_files_hold_the_tied_weight_once(tmp_path):
 
 @pytest.mark.parametrize("language", ["opt", "t5"])
 def test_stage_2_there_and_back(language):
-    original = stage_2(language)
+    original = stage_2_state_dict(language)
     assert f"{language}_proj.weight" in original
-    back = to_lavis(to_ours(original), language=language, positions=48)
-    position_ids = back.pop("Qformer.bert.embeddings.position_ids")  # the fixtures were cut without it
-    assert torch.equal(position_ids, original_state_dict()["Qformer.bert.embeddings.position_ids"])
-    assert_bit_for_bit(back, original)
+    ours = to_ours(original)
+    assert_bit_for_bit(to_lavis(ours, language=language, positions=48), original)
+    in_file = {name: tensor for name, tensor in original.items() if in_original_file(name)}
+    assert len(in_file) == {"opt": 93, "t5": 94}[language]  # counted by the original code
+    assert_bit_for_bit(to_lavis(to_ours(in_file), language=language, positions=48), in_file)
 
 
 def test_merged_biases():
@@ -181,7 +162,7 @@ def test_tied_weights_are_one_tensor():
 
 def test_unexplained_keys_are_listed():
     surplus = {"Qformer.bert.encoder.layer.0.adapter.weight": torch.ones(1), "visual_encoder.norm.bias": torch.ones(1)}
-    with pytest.raises(ValueError, match="2 keys of the original.*layer.0.adapter.weight, visual_encoder.norm.bias"):
+    with pytest.raises(ValueError, match="2 keys of the source.*layer.0.adapter.weight, visual_encoder.norm.bias"):
         to_ours(original_state_dict() | surplus)
     with pytest.raises(ValueError, match="1 keys of ours.*: qformer.encoder.layer.0.output.dense.scale"):
         to_lavis({"qformer.encoder.layer.0.output.dense.scale": torch.ones(1)})
@@ -230,41 +211,44 @@ def test_half_of_a_pair_is_an_error(missing, needed_by):
 def test_wrong_shapes_are_errors():
     with pytest.raises(ValueError, match=r"'temp' must hold one number, got shape \(2,\)"):
         to_ours({"temp": torch.ones(2)})
-    with pytest.raises(ValueError, match="must be a vector of three equal parts"):
+    with pytest.raises(ValueError, match="must have three equal parts"):
         to_lavis({"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(4)})
 
 
 def test_stage_2_needs_the_name_of_its_language_model():
-    ours = to_ours(stage_2("opt"))
+    ours = to_ours(stage_2_state_dict("opt"))
     with pytest.raises(ValueError, match="`language` must be 'opt' or 't5' for a state dict with 'language_"):
         to_lavis(ours)
     with pytest.raises(ValueError, match="`language` must be 'opt', 't5' or None, got 'llama'"):
         to_lavis(ours, language="llama")
-    with pytest.raises(ValueError, match="another key became already"):
+    with pytest.raises(ValueError, match="one language model, got names of opt and t5"):
         to_ours({"opt_proj.bias": torch.ones(1), "t5_proj.bias": torch.ones(1)})
+    with pytest.raises(ValueError, match="1 keys of the source are not in the table: t5_proj.bias"):
+        to_ours({"t5_proj.bias": torch.ones(1)}, language="opt")
 
 
 # -- the table itself --------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_used_by_one_of_the_models():
-    from conversion.lavis_table import read
+def names_of_all_models() -> set[str]:
+    clip = {f"visual_encoder.{name}" for name in clip_shapes(2)}
+    return {*original_state_dict(), *stage_2_state_dict("opt"), *stage_2_state_dict("t5"), *clip}
 
-    names = {*original_state_dict(), *stage_2("opt"), *stage_2("t5")}
+
+def test_every_row_is_used_by_one_of_the_models():
     for row in TABLE:
-        assert any(read(row.lavis, name) is not None for name in names), row
+        if row.theirs is not None:
+            assert any(read(row.theirs, name) is not None for name in names_of_all_models()), row
 
 
 def test_every_name_has_one_row():
-    from conversion.lavis_table import read
-
-    for name in {*full_size_keys(), *stage_2("opt"), *stage_2("t5")}:
-        assert sum(read(row.lavis, name) is not None for row in TABLE) == 1, name
+    """But names for which there is a row of their own before that for the rest."""
+    for name in names_of_all_models() | set(stage_1()):
+        rows = [row for row in TABLE if read(row.theirs, name) is not None]
+        assert len(rows) == 1 or (rows[-1].theirs.endswith("_model.{rest}") and len(rows) == 2), name
     for name in full_size_model("blip2-itm-vit-g").state_dict():
-        rows = [row for row in TABLE if read(row.ours, name) is not None and row.how is not How.REPEATED]
-        assert len(rows) == 1, name
+        assert sum(read(row.ours, name) is not None for row in TABLE) == 1, name
 
 
 def test_what_is_not_a_plain_renaming_has_a_reason():
-    assert all(row.why for row in TABLE if row.how is not How.RENAMED)
-    assert all(row.ours for row in TABLE if row.how is not How.BUFFER)
+    assert all(row.why for row in TABLE if row.how not in (Relation.RENAMED, Relation.VOCABULARY))
