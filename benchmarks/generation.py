@@ -1,33 +1,57 @@
-"""Answering questions with beam search: ours against the installed `transformers`, the same weights and tokens.
+"""Questions and captions with beam search: ours against the installed `transformers`, the same weights and tokens.
 
     python benchmarks/generation.py [--device cpu|cuda] [--dtype float32] [--repeats 5] [--threads 2] [--small]
+                                    [--cases vqa-short vqa caption questions] [--models opt t5]
 
-The paper's setting for visual question answering: batch 8, beam 5, `length_penalty` -1, at most 10 new tokens,
-prompts of 10 to 20 tokens behind 32 image tokens. OPT has 24 layers of width 1024, T5 12 + 12 (random weights); tower
-and Q-Former are small, so that what is measured is the language model. Both run in turns in one process. One JSON line
-per case: `time_ratio` is the median of their time over ours, round by round, `flop_ratio` that of the floating point
-operations; `peak_mb` is what a run needs beyond weights and inputs. In float32 the tokens must be identical.
+Cases, all with beam 5 and 32 image tokens before the text:
+
+- vqa-short: the paper's setting for visual question answering (batch 8, `length_penalty` -1, at most 10 new tokens,
+  questions of 10 to 20 tokens), a model that ends its answers after about two tokens;
+- vqa: the same, a model that never ends them, so that there are ten;
+- caption: batch 8, prompts of 4 tokens, captions of 20;
+- questions: 5 questions about each of 2 images, with a tower of ViT-B's size and a Q-Former of BERT-base's; short
+  answers. Theirs reads an image once per question, as its `generate` wants one per row.
+
+OPT has 24 layers of width 1024, T5 12 + 12 or, with "t5-large", 24 + 24 (random weights, logits as peaked as a trained
+model's); but for "questions", tower and Q-Former are small, so that what is measured is the language model. "Ends"
+means that from the third token on the end has probability 0.7, put there by a hook on either model's logits.
+
+Both run in turns in one process. One JSON line per case: `time_ratio` is the median of their time over ours, round by
+round, `flop_ratio` that of the floating point operations; `peak_mb` is what a run needs beyond weights and inputs;
+`positions` counts what the language model's layers computed (of an encoder-decoder: the decoder's). In float32 the
+tokens must be identical.
 """
 
 import argparse
+import contextlib
+import math
 import random
 import statistics
+from collections.abc import Iterator
 
 import torch
 from common import add_arguments, emit, flops, in_turns, median_ratio, peak_bytes, randomise, setting
+from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, T5Config
 from transformers.initialization import no_init_weights
 
 import blip2_hf
 
-QUERIES, BATCH, IMAGE_SIZE = 32, 8, 56
-VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-QFORMER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODING = {
-    "vqa": {"num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 10},
-    "caption": {"num_beams": 5, "length_penalty": 1.0, "min_new_tokens": 8, "max_new_tokens": 30},
-    "greedy": {"max_new_tokens": 10},
+QUERIES, BATCH, BEAMS = 32, 8, 5
+SMALL_SIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+BASE_SIDE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+VQA = {"num_beams": BEAMS, "length_penalty": -1.0, "max_new_tokens": 10}
+CAPTION = {"num_beams": BEAMS, "length_penalty": 1.0, "min_new_tokens": 8, "max_new_tokens": 20}
+# options, whether answers end after two tokens, tokens of text, rows, rows per image
+CASES = {
+    "vqa-short": (VQA, True, (10, 20), BATCH, 1),
+    "vqa": (VQA, False, (10, 20), BATCH, 1),
+    "caption": (CAPTION, False, (4, 4), BATCH, 1),
+    "questions": (VQA, True, (10, 20), 10, 5),
 }
+END = 2
+# Standard deviation of the logits: the likeliest token then has a probability of 0.1 to 0.3.
+PEAKED = 4.0
 
 
 def language_config(family: str, small: bool):
@@ -40,8 +64,9 @@ def language_config(family: str, small: bool):
             ffn_dim=4 * width,
             num_hidden_layers=layers,
             num_attention_heads=width // 64,
+            eos_token_id=END,
         )
-    width, layers = (128, 2) if small else (1024, 12)
+    width, layers = (128, 2) if small else (1024, 24 if family == "t5-large" else 12)
     return T5Config(
         vocab_size=1024 if small else 32128,
         d_model=width,
@@ -51,22 +76,26 @@ def language_config(family: str, small: bool):
         num_heads=width // 64,
         feed_forward_proj="gated-gelu",
         decoder_start_token_id=0,
+        eos_token_id=END,
     )
 
 
-def build_pair(family: str, args: argparse.Namespace) -> dict[str, torch.nn.Module]:
+def build_pair(family: str, large_tower: bool, args: argparse.Namespace) -> dict[str, nn.Module]:
     """`transformers`' model and ours on the same tensors."""
     text = language_config(family, args.small)
+    vision, qformer = {**SMALL_SIDE, "image_size": 56}, {**SMALL_SIDE, "vocab_size": 100}
+    if large_tower and not args.small:
+        vision, qformer = {**BASE_SIDE, "image_size": 224, "patch_size": 16}, {**BASE_SIDE, "vocab_size": 100}
     config = Blip2Config(
-        vision_config={**VISION, "image_size": IMAGE_SIZE},
-        qformer_config={**QFORMER, "vocab_size": 100},
+        vision_config=vision,
+        qformer_config=qformer,
         text_config=text.to_dict(),
         num_query_tokens=QUERIES,
         image_token_index=text.vocab_size - 1,
     )
     with no_init_weights():
         theirs = Blip2ForConditionalGeneration(config)
-    theirs = randomise(theirs).to(args.device, getattr(torch, args.dtype))
+    theirs = sharpened(randomise(theirs)).to(args.device, getattr(torch, args.dtype))
     with torch.device("meta"):
         ours = blip2_hf.Blip2ForConditionalGeneration(blip2_hf.Blip2Config.from_dict(config.to_dict()))
     ours.load_state_dict(theirs.state_dict(), assign=True)
@@ -77,47 +106,116 @@ def build_pair(family: str, args: argparse.Namespace) -> dict[str, torch.nn.Modu
     return {"ours": ours.eval().requires_grad_(False), "theirs": theirs.requires_grad_(False)}
 
 
-def prompts(family: str, image_token: int, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """8 images and 8 prompts of 10 to 20 tokens, padded where `transformers` is right about it."""
+@torch.no_grad()
+def sharpened(model: nn.Module) -> nn.Module:
+    """With the last norm before the vocabulary scaled such that its logits are peaked."""
+    language_model, ids = model.language_model, torch.arange(10, 42)[None]
+    seq2seq = model.config.text_config.is_encoder_decoder
+    logits = language_model(input_ids=ids, **({"decoder_input_ids": ids} if seq2seq else {})).logits
+    norm = (language_model.decoder if seq2seq else language_model.model.decoder).final_layer_norm
+    norm.weight.mul_(PEAKED / logits.std(dim=-1).mean())
+    return model
+
+
+class Meter:
+    """A language model that is watched: how many positions its decoder computes, and, if `ends`, an end of answers
+    that has probability 0.7 from the third token on. To be told when a new generation begins."""
+
+    def __init__(self, model: nn.Module, ends: bool):
+        self.model, self.ends, self.steps, self.positions = model.language_model, ends, 0, 0
+        # of logits from a normal distribution with standard deviation `PEAKED`: their sum's logarithm, and 0.7 : 0.3
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.end = math.log(vocabulary) + PEAKED**2 / 2 + math.log(0.7 / 0.3)
+
+    def begin(self) -> None:
+        self.steps = self.positions = 0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [self.model.register_forward_hook(self._end), self._layer().register_forward_pre_hook(self._count)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _layer(self) -> nn.Module:
+        return (
+            self.model.decoder.block[0] if self.model.config.is_encoder_decoder else self.model.model.decoder.layers[0]
+        )
+
+    def _count(self, module: nn.Module, args: tuple) -> None:
+        self.positions += args[0].shape[:2].numel()
+
+    def _end(self, module: nn.Module, args: tuple, outputs) -> None:
+        if self.ends and self.steps > 1:
+            outputs.logits[..., END] = self.end
+        self.steps += 1
+
+
+def prompts(case: str, family: str, models: dict, args: argparse.Namespace) -> dict[str, dict[str, torch.Tensor]]:
+    """What each is given: images and texts, padded where `transformers` is right about it."""
+    _, _, (shortest, longest), rows, per_image = CASES[case]
+    config = models["theirs"].config
+    image_token, side = config.image_token_index, config.vision_config.image_size
     numbers = random.Random(0)
     pad = 1 if family == "opt" else 0
-    rows = []
-    for length in (10, 20, *(numbers.randint(10, 20) for _ in range(BATCH - 2))):
-        rows.append([image_token] * QUERIES + [numbers.randint(10, image_token - 1) for _ in range(length)])
-    longest = max(len(row) for row in rows)
-    blanks = [[pad] * (longest - len(row)) for row in rows]
+    lengths = [shortest, longest, *(numbers.randint(shortest, longest) for _ in range(rows - 2))]
+    texts = [[image_token] * QUERIES + [numbers.randint(10, image_token - 1) for _ in range(n)] for n in lengths]
+    blanks = [[pad] * (QUERIES + longest - len(text)) for text in texts]
     left = family == "opt"
-    ids = torch.tensor([blank + row if left else row + blank for row, blank in zip(rows, blanks, strict=True)])
-    pixels = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([blank + text if left else text + blank for text, blank in zip(texts, blanks, strict=True)])
+    pixels = torch.randn(rows // per_image, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(args.device, getattr(torch, args.dtype))
+    text = {"input_ids": ids.to(args.device), "attention_mask": (ids != pad).long().to(args.device)}
     return {
-        "pixel_values": pixels.to(args.device, getattr(torch, args.dtype)),
-        "input_ids": ids.to(args.device),
-        "attention_mask": (ids != pad).long().to(args.device),
+        "ours": {"pixel_values": pixels, **text},
+        "theirs": {"pixel_values": pixels.repeat_interleave(per_image, dim=0), **text},
     }
 
 
-def measure(family: str, decoding: str, models: dict, args: argparse.Namespace) -> dict[str, object]:
-    inputs = prompts(family, models["ours"].config.image_token_index, args)
-    options = DECODING[decoding]
-    runs = {name: lambda model=model: model.generate(**inputs, **options) for name, model in models.items()}
-    tokens = {name: run() for name, run in runs.items()}
-    identical = torch.equal(tokens["ours"], tokens["theirs"])
-    if args.dtype == "float32" and not identical:
-        raise SystemExit(f"{family} {decoding}: the tokens differ")
-    prompt = 0 if models["ours"].config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    times = in_turns(runs, args.repeats, args.device)
-    operations = {name: flops(run, models[name]) for name, run in runs.items()}
-    peak = {name: peak_bytes(run, args.device) for name, run in runs.items()}
+def measure(case: str, family: str, models: dict, args: argparse.Namespace) -> dict[str, object]:
+    options, ends, _, rows, per_image = CASES[case]
+    inputs = prompts(case, family, models, args)
+    meters = {name: Meter(model, ends) for name, model in models.items()}
+    which = torch.arange(rows // per_image).repeat_interleave(per_image)
+
+    def ours() -> torch.Tensor:
+        meters["ours"].begin()
+        pixels, text = inputs["ours"]["pixel_values"], {k: v for k, v in inputs["ours"].items() if k != "pixel_values"}
+        if per_image == 1:
+            return models["ours"].generate(pixels, **text, **options)
+        return models["ours"].generate(image_embeds=models["ours"].encode_image(pixels)[which], **text, **options)
+
+    def theirs() -> torch.Tensor:
+        meters["theirs"].begin()
+        return models["theirs"].generate(**inputs["theirs"], **options)
+
+    runs = {"ours": ours, "theirs": theirs}
+    with meters["ours"].watching(), meters["theirs"].watching():
+        tokens = {name: run() for name, run in runs.items()}
+        identical = torch.equal(tokens["ours"], tokens["theirs"])
+        if args.dtype == "float32" and not identical:
+            raise SystemExit(f"{family} {case}: the tokens differ")
+        times = in_turns(runs, args.repeats, args.device) if args.repeats else {}
+        operations = {name: flops(run, models[name]) for name, run in runs.items()}
+        peak = {name: peak_bytes(run, args.device) for name, run in runs.items()}
+    prompt = 1 if models["ours"].config.is_encoder_decoder else inputs["ours"]["input_ids"].shape[1]
+    new = tokens["ours"][:, prompt:]
     return {
         "language_model": family,
-        "decoding": decoding,
+        "case": case,
+        "rows": rows,
         "parameters": sum(weight.numel() for weight in models["ours"].language_model.parameters()),
         "identical_tokens": identical,
-        "distinct_tokens": len(tokens["ours"][:, prompt:].unique()),
-        "time_ratio": round(median_ratio(times), 2),
+        "new_tokens_mean": round((new > END).float().sum(dim=1).mean().item(), 1),
+        "distinct_tokens": len(new.unique()),
+        "time_ratio": round(median_ratio(times), 2) if times else None,
         "flop_ratio": round(operations["theirs"] / operations["ours"], 2),
         "seconds": {name: round(statistics.median(values), 3) for name, values in times.items()},
         "gflop": {name: round(value / 1e9, 1) for name, value in operations.items()},
+        "steps": {name: meter.steps for name, meter in meters.items()},
+        "positions": {name: meter.positions for name, meter in meters.items()},
         "peak_mb": {name: None if value is None else round(value / 2**20) for name, value in peak.items()},
     }
 
@@ -125,13 +223,16 @@ def measure(family: str, decoding: str, models: dict, args: argparse.Namespace) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--decoding", nargs="+", default=["vqa"], choices=DECODING, help="what to measure")
+    parser.add_argument("--cases", nargs="+", default=["vqa-short", "vqa", "caption"], choices=CASES)
+    parser.add_argument("--models", nargs="+", default=["opt", "t5"], choices=["opt", "t5", "t5-large"])
     args = parser.parse_args()
     emit({"benchmark": "generation", **setting(args)})
-    for family in ("opt", "t5"):
-        models = build_pair(family, args)
-        for decoding in args.decoding:
-            emit(measure(family, decoding, models, args))
+    for family in args.models:
+        for large_tower in (False, True):
+            cases = [case for case in args.cases if (CASES[case][4] > 1) is large_tower]
+            models = build_pair(family, large_tower, args) if cases else {}
+            for case in cases:
+                emit(measure(case, family, models, args))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from blip2_hf.modeling.beam_cache import SharedPromptLayer, share_prompt, shared_copy
+from blip2_hf.modeling.beam_cache import SharedPromptLayer, keep_rows, packed_places, share_prompt, shared_copy
 
 ROWS, BEAMS, HEADS, PROMPT, WIDTH = 2, 3, 2, 5, 4
 
@@ -27,8 +27,8 @@ def assert_same(plain: DynamicLayer, shared: SharedPromptLayer) -> None:
     torch.testing.assert_close(plain.values, shared.values, rtol=0, atol=0)
 
 
-def append(plain: DynamicLayer, shared: SharedPromptLayer, length: int = 1) -> None:
-    new = states(ROWS * BEAMS, length), states(ROWS * BEAMS, length)
+def append(plain: DynamicLayer, shared: SharedPromptLayer, length: int = 1, rows: int = ROWS * BEAMS) -> None:
+    new = states(rows, length), states(rows, length)
     for expected, got in zip(plain.update(*new), shared.update(*new), strict=True):
         torch.testing.assert_close(expected, got, rtol=0, atol=0)
 
@@ -106,3 +106,62 @@ def test_a_copy_leaves_the_prompt_as_it_was(window):
         assert copied.get_seq_length() == length + 1
     assert cache.layers == [layer] and cache.get_seq_length() == length
     torch.testing.assert_close(layer.keys, keys, rtol=0, atol=0)
+
+
+# -- rows and positions that leave ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stay", "kept"),
+    [
+        ([True, True], [0, 1]),
+        ([False, True, True, True], [3, 1, 2]),
+        ([True, False, True, False, True], [0, 4, 2]),
+        ([False, False, True], [2]),
+        ([True, False], [0]),
+    ],
+)
+def test_only_rows_that_fill_a_gap_move(stay: list[bool], kept: list[int]) -> None:
+    assert packed_places(stay) == kept
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_rows_leave_in_place(times: int) -> None:
+    prompt = DynamicLayer()
+    prompt.update(states(5, PROMPT), states(5, PROMPT))
+    shared = SharedPromptLayer(prompt, times, room=10)
+    prompt.batch_repeat_interleave(times)
+    append(prompt, shared, rows=5 * times)
+    cache, place = DynamicCache(), shared.keys.data_ptr()
+    cache.layers = [shared, DynamicLayer()]  # the second one holds nothing yet
+    kept = packed_places([False, True, False, True, True])
+    keep_rows(cache, kept, times)
+    prompt.batch_select_indices(torch.tensor([row * times + i for row in kept for i in range(times)]))
+    assert_same(prompt, shared)
+    assert shared.keys.data_ptr() == place
+    append(prompt, shared, rows=3 * times)
+    assert_same(prompt, shared)
+    assert shared.keys.data_ptr() == place
+
+
+def test_rows_leave_after_others_replaced_the_states():
+    plain, shared = both()
+    for layer in (plain, shared):
+        layer.batch_repeat_interleave(2)
+    cache = DynamicCache()
+    cache.layers = [shared]
+    keep_rows(cache, [0, 1])
+    plain.batch_select_indices(torch.tensor([0, 1]))
+    assert_same(plain, shared)
+
+
+def test_generated_positions_that_are_kept():
+    plain, shared = both()
+    append(plain, shared, 4)
+    places = torch.stack([torch.randperm(4)[:2] for _ in range(ROWS * BEAMS)])
+    shared.keep_generated(places)
+    for row, kept in enumerate(places.tolist()):
+        order = [*range(PROMPT), *(PROMPT + place for place in kept)]
+        torch.testing.assert_close(shared.keys[row], plain.keys[row, :, order], rtol=0, atol=0)
+        torch.testing.assert_close(shared.values[row], plain.values[row, :, order], rtol=0, atol=0)
+    assert shared.get_seq_length() == PROMPT + 2

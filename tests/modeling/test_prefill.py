@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
@@ -23,9 +24,14 @@ def run(ours: Blip2ForConditionalGeneration, options: dict, text: dict | None = 
     )
 
 
+def plain_path(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(generation, "can_search", lambda *_: False)
+    patch.setattr(generation, "can_prefill_once", lambda *_: False)
+
+
 def run_plain(monkeypatch: pytest.MonkeyPatch, *args):
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "can_prefill_once", lambda *_: False)
+        plain_path(patch)
         return run(*args)
 
 
@@ -49,8 +55,8 @@ def test_equals_the_plain_path(family: str, decoding: str, layout: str, monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_prefill_would_be_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, text = model(family), ragged("left").text
-    expected = run(ours, {"num_beams": 5}, text)
+    ours, text, options = model(family), ragged("left").text, DECODING["sampling, several"]
+    expected = run(ours, options, text)
     name = "prefill_seq2seq" if ours.config.is_encoder_decoder else "prefill_causal"
     right = getattr(generation, name)
     monkeypatch.setattr(
@@ -59,7 +65,7 @@ def test_a_wrong_prefill_would_be_seen(family: str, monkeypatch: pytest.MonkeyPa
         lambda language_model, prompt, config: right(language_model, replace(prompt, embeds=-prompt.embeds), config),
     )
     with pytest.raises(AssertionError):
-        check_same(run(ours, {"num_beams": 5}, text), expected)
+        check_same(run(ours, options, text), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,6 +88,15 @@ def test_a_state_that_cannot_be_repeated_is_left_alone() -> None:
     ours = model("mamba")
     assert not prefill.can_prefill_once(ours.language_model, GenerationConfig(num_beams=3), {})
     assert run(ours, {"num_beams": 3}, ragged("left").text).sequences.shape[0] == 2
+
+
+def test_a_convolution_beside_attention_is_left_alone() -> None:
+    widths = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    for kinds, expected in ((["full_attention", "conv"], False), (["full_attention", "full_attention"], True)):
+        config = transformers.Lfm2Config(**widths, num_hidden_layers=2, num_key_value_heads=2, layer_types=kinds)
+        with torch.device("meta"):
+            language_model = transformers.AutoModelForCausalLM.from_config(config)
+        assert prefill.can_share(language_model) is expected
 
 
 def test_prompt_of_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +148,47 @@ def test_options_that_take_the_plain_path_still_work(family: str) -> None:
     assert penalty.shape[0] == 2  # `generate` ignores it, with a warning, where there are only embeddings
 
 
+SEARCHED = {"num_beams": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"return_dict_in_generate": True, "output_scores": True, "output_logits": True}, True),
+        ({"num_return_sequences": 3, "length_penalty": 2.0, "early_stopping": "never"}, True),
+        ({"do_sample": True}, False),
+        ({"num_beams": 1, "num_return_sequences": 3, "do_sample": True}, False),
+        ({"use_cache": False}, False),
+        ({"output_attentions": True}, False),
+        ({"stop_strings": ["a"]}, False),
+        ({"token_healing": True}, False),
+        ({"low_memory": True}, False),
+    ],
+)
+def test_when_the_search_is_ours(options: dict, expected: bool) -> None:
+    config = GenerationConfig(**{**SEARCHED, **options})
+    assert prefill.can_search(model("opt").language_model, config, {}) is expected
+
+
+def test_the_search_is_not_ours_with_other_arguments() -> None:
+    language_model, config = model("opt").language_model, GenerationConfig(**SEARCHED)
+    for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"):
+        assert prefill.can_search(language_model, config, {name: object()})
+    for name in ("streamer", "tokenizer", "synced_gpus", "custom_generate", "negative_prompt_ids", "position_ids"):
+        assert prefill.can_search(language_model, config, {name: None})
+        assert not prefill.can_search(language_model, config, {name: object()})
+
+
+def test_the_search_is_not_ours_where_processes_share_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They must all take the same number of steps."""
+    language_model, config = model("opt").language_model, GenerationConfig(**SEARCHED)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert prefill.can_search(language_model, config, {})
+    monkeypatch.setattr(prefill, "is_deepspeed_zero3_enabled", lambda: True)
+    assert not prefill.can_search(language_model, config, {})
+
+
 # -- what it costs ----------------------------------------------------------------------------------------------------
 
 BEAMS, NEW = 5, 4
@@ -146,7 +202,7 @@ def flops(ours: Blip2ForConditionalGeneration, text_length: int, plain: bool, mo
     encoded = ours.encode_image(pixels())
     with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
         if plain:
-            patch.setattr(generation, "can_prefill_once", lambda *_: False)
+            plain_path(patch)
         ours.generate(image_embeds=encoded, **text, **options)
     return counter.get_total_flops()
 
@@ -166,11 +222,12 @@ def test_prompt_tokens_of_a_decoder_are_computed_once(eager, monkeypatch: pytest
     per_token = layers * 2 * (4 * width**2 + 2 * width * hidden)  # a multiplication and an addition per weight
     head = 2 * width * VOCAB
     prompt = QUERIES + length
-    read = rows * (prompt - 1) * per_token
-    decode = rows * BEAMS * NEW * (per_token + head)
+    read = rows * prompt * per_token + rows * head  # the first token comes of it
+    decode = rows * BEAMS * (NEW - 1) * (per_token + head)
     projection = rows * QUERIES * 2 * 24 * width
-    # scores and weighted values: each of the prompt's positions with all, each new one with all before it
-    attention = layers * 4 * width * rows * (prompt**2 + BEAMS * NEW * (prompt + NEW))
+    # scores and weighted values: each of the prompt's positions with all, each new one with all of its row
+    new = BEAMS * (NEW - 1)
+    attention = layers * 4 * width * rows * (prompt**2 + new * (prompt + new))
     bound = read + decode + projection + attention
     once = flops(ours, length, False, monkeypatch)
     assert 0.9 * bound < once <= bound
@@ -184,7 +241,7 @@ def test_keys_and_values_of_an_encoder_are_computed_once(eager, monkeypatch: pyt
     encoder = layers * 2 * (4 * width**2 + 3 * width * hidden)
     cross = layers * 2 * 2 * width**2
     long, short = QUERIES + 60, QUERIES + 20
-    attention = layers * 4 * width * rows * (long**2 - short**2 + (1 + BEAMS * NEW) * more)
+    attention = layers * 4 * width * rows * (long**2 - short**2 + (1 + BEAMS * (NEW - 1)) * more)
     bound = rows * more * (encoder + cross) + attention
 
     def slope(plain: bool) -> int:
@@ -194,22 +251,23 @@ def test_keys_and_values_of_an_encoder_are_computed_once(eager, monkeypatch: pyt
     assert slope(True) > slope(False) + 0.9 * (BEAMS - 1) * rows * more * cross
 
 
-def test_language_model_reads_the_prompt_in_rows_not_in_beams() -> None:
-    ours = model("opt")
-    batch = ragged("left")
-    sizes = []
-    hook = ours.language_model.model.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: (
-            sizes.append(tuple(kwargs["inputs_embeds"].shape[:2])) if kwargs.get("inputs_embeds") is not None else None
-        ),
-        with_kwargs=True,
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_beams": 5, "min_new_tokens": 6}, [(2, 11)] + 5 * [(2, 5)]),  # the beams of a row as one sequence
+        ({"num_return_sequences": 3, "do_sample": True, "min_new_tokens": 6}, [(2, 10)] + 6 * [(6, 1)]),
+    ],
+)
+def test_language_model_reads_the_prompt_in_rows(options: dict, expected: list) -> None:
+    ours, sizes = model("opt"), []
+    hook = ours.language_model.model.decoder.layers[0].register_forward_pre_hook(
+        lambda module, args: sizes.append(tuple(args[0].shape[:2]))
     )
     try:
-        run(ours, {"num_beams": 5}, batch.text)
+        run(ours, options, ragged("left").text)
     finally:
         hook.remove()
-    prompt = batch.input_ids.shape[1]
-    assert sizes == [(2, prompt - 1), (10, 1)]
+    assert sizes == expected
 
 
 def test_tower_and_qformer_run_once_for_all_beams() -> None:

@@ -20,9 +20,10 @@ from ..outputs import Blip2ForConditionalGenerationModelOutput
 from .adapters import LanguageAdapterMixin
 from .attention import eager_if, without_checkpointing
 from .base import Blip2PreTrainedModel
+from .beam_search import beam_search
 from .encoded import EncodedImages
 from .generation_backbones import Stage2BackbonesMixin
-from .prefill import can_prefill_once, position_arguments, prefill_causal, prefill_seq2seq
+from .prefill import can_prefill_once, can_search, position_arguments, prefill_causal, prefill_seq2seq
 from .projection import LanguagePromptMixin
 from .prompts import Prompt, can_be_targets, prompt_behind_ids
 from .ranking import AnswerRankingMixin
@@ -263,8 +264,11 @@ class Blip2ForConditionalGeneration(
     ) -> torch.Tensor | Any:
         """Generates text; every option of `GenerationMixin.generate` is taken (beams, sampling, streamer, …).
 
-        The prompt is computed once per row; beams and samples share its keys and values. Ragged prompts may be padded
-        on either side. The defaults are those of `self.generation_config`, then of the language model's own.
+        The prompt is computed once per row; beams and samples share its keys and values. Beam search chooses the same
+        tokens as `transformers`', and ends as soon as they are settled (see `beam_search`); what cannot be done so
+        (sampled beams, attentions, hidden states, other caches, …) takes the plain path, with the same result. Ragged
+        prompts may be padded on either side. The defaults are those of `self.generation_config`, then of the language
+        model's own.
 
         Args:
             pixel_values, input_ids, attention_mask, qformer_*, image_embeds, vision_features, inputs_embeds,
@@ -274,7 +278,8 @@ class Blip2ForConditionalGeneration(
         Returns:
             As `transformers`' BLIP-2: decoder-only: the given `input_ids` and the continuation (the continuation
             alone if `inputs_embeds` were given without ids); encoder-decoder: the answer. A dictionary with
-            `return_dict_in_generate=True`.
+            `return_dict_in_generate=True` (of beam search without `past_key_values`: the cache at its end belongs to
+            the beams that were still running).
 
         Raises:
             ValueError: as `forward`, and for options that `generate` does not know.
@@ -293,7 +298,11 @@ class Blip2ForConditionalGeneration(
         prompt = given.packed("right" if self.config.is_encoder_decoder else "left")
         generation_config, options = self._generation_options(generation_config, generate_kwargs)
         check_room(prompt.mask, self.language_model, generation_config.max_new_tokens)
-        prefill = can_prefill_once(self.language_model, generation_config, options)
+        prefill = False
+        if can_search(self.language_model, generation_config, options):
+            options["custom_generate"] = beam_search
+        else:
+            prefill = can_prefill_once(self.language_model, generation_config, options)
         if self.config.is_encoder_decoder:
             prompt_arguments = {"attention_mask": prompt.mask}
             if prefill:

@@ -11,15 +11,27 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .beam_cache import share_prompt
 from .prompts import Prompt
 
 # Options with which `generate` runs the prompt in a way of its own.
 _OWN_PREFILL = ("past_key_values", "assistant_model", "custom_generate", "encoder_outputs", "decoder_input_ids")
+# Arguments of `generate`, beside settings, that a loop of one's own is given what they come to.
+_SEARCH_OPTIONS = frozenset({"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"})
 
 
 def repeats(config: GenerationConfig) -> int:
@@ -45,10 +57,36 @@ def can_prefill_once(model: PreTrainedModel, config: GenerationConfig, options: 
     )
 
 
+def can_search(model: PreTrainedModel, config: GenerationConfig, options: dict[str, Any]) -> bool:
+    """Whether `generate` may run `beam_search.beam_search` in place of its own loop, with the same result."""
+    return (
+        can_prefill_once(model, config, options)
+        and config.get_generation_mode() == GenerationMode.BEAM_SEARCH
+        # of the arguments that are no settings, what `generate` prepares for a loop of the caller's own
+        and all(name in _SEARCH_OPTIONS for name, value in options.items() if value is not None)
+        and config.stop_strings is None
+        and not config.token_healing
+        and not config.low_memory
+        and not _in_step(model)
+    )
+
+
+def _in_step(model: PreTrainedModel) -> bool:
+    """Whether processes share the weights, so that all must take the same number of steps."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+
+
 def can_share(model: PreTrainedModel) -> bool:
     """Whether several sequences can go on from one prompt that the model has read."""
-    # the state of a linear attention cannot be repeated
-    return model._supports_default_dynamic_cache() and not model._is_stateful
+    if not model._supports_default_dynamic_cache() or model._is_stateful:
+        return False
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False  # some old models keep no keys and values
+    # the state of a linear attention or a convolution cannot be repeated
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def prefill_causal(model: PreTrainedModel, prompt: Prompt, config: GenerationConfig) -> dict[str, Any]:
@@ -108,21 +146,33 @@ def read_seq2seq(
         the encoder's output, the logits [B, V] behind `start`, and the cache of both.
     """
     encoded = model.get_encoder()(inputs_embeds=prompt.embeds, attention_mask=prompt.mask, return_dict=True)
+    return encoded, *read_decoder(model, encoded, prompt.mask, start)
+
+
+def read_decoder(
+    model: PreTrainedModel, encoded: ModelOutput, mask: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, EncoderDecoderCache]:
+    """As `read_seq2seq`, behind the encoder's output of a prompt with this mask [B, S]."""
     cross = DynamicCache()  # not of the config: a sliding window of the decoder is not one over the encoder
     cache = EncoderDecoderCache(DynamicCache(config=model.config.get_text_config(decoder=True)), cross)
     logits = model(
         encoder_outputs=encoded,
-        attention_mask=prompt.mask,
+        attention_mask=mask,
         decoder_input_ids=start,
         past_key_values=cache,
         use_cache=True,
     ).logits
-    return encoded, logits[:, -1], cache
+    return logits[:, -1], cache
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a language model is told the positions of its tokens (the others derive them from the mask)."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def position_arguments(model: PreTrainedModel, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`position_ids` for a language model that takes them (the others derive positions from the mask)."""
-    return {"position_ids": position_ids} if "position_ids" in inspect.signature(model.forward).parameters else {}
+    """`position_ids` for a language model that takes them."""
+    return {"position_ids": position_ids} if takes_positions(model) else {}
 
 
 def last_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
