@@ -25,7 +25,7 @@ from blip2_hf.training.runs import run, written_once
 def fill_in(arguments: RetrievalArguments, training: Blip2TrainingArguments) -> None:
     """Random weights and drawn shapes for what was not given, in `output_dir`/smoke_data."""
     from random_checkpoint import save_retrieval_checkpoint
-    from shapes import write_captions
+    from smoke_shapes import write_captions
 
     folder = Path(training.output_dir, "smoke_data")
     if arguments.model is None:

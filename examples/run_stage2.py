@@ -25,7 +25,7 @@ from blip2_hf.training.stage2 import Stage2Arguments, build_stage2, parse_stage2
 def fill_in(arguments: Stage2Arguments, training: Blip2TrainingArguments) -> None:
     """Random weights and drawn shapes for what was not given, in `output_dir`/smoke_data."""
     from random_checkpoint import save_language_checkpoint, save_retrieval_checkpoint
-    from shapes import write_captions
+    from smoke_shapes import write_captions
 
     folder = Path(training.output_dir, "smoke_data")
     if arguments.model is None and arguments.language is None:

@@ -27,7 +27,7 @@ from blip2_hf.training.vqa import VqaArguments, build_vqa, parse_vqa, vqa_traine
 def fill_in(arguments: VqaArguments, training: Blip2TrainingArguments) -> None:
     """Random weights and drawn shapes for what was not given, in `output_dir`/smoke_data."""
     from random_checkpoint import save_generation_checkpoint, save_retrieval_checkpoint
-    from shapes import write_questions
+    from smoke_shapes import write_questions
 
     folder = Path(training.output_dir, "smoke_data")
     if arguments.model is None:

@@ -1,10 +1,10 @@
-"""The pictures of `shapes` as benchmarks in the official file formats: data for the smoke runs of eval_*.py."""
+"""The pictures of `smoke_shapes` as benchmarks in the official file formats: data for the smoke runs of eval_*.py."""
 
 import csv
 import json
 from pathlib import Path
 
-from shapes import write_captions, write_questions
+from smoke_shapes import write_captions, write_questions
 
 
 def _rows(folder: str) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ def folders(tmp_path, monkeypatch):
     """Arguments for a tiny model and drawn shapes."""
     model, photos = tmp_path / "model", tmp_path / "photos"
     example("random_checkpoint", monkeypatch).save_generation_checkpoint(model)
-    example("shapes", monkeypatch).write_captions(photos)
+    example("smoke_shapes", monkeypatch).write_captions(photos)
     return ["--model", str(model), "--train_folder", str(photos), "--eval_folder", str(photos)]
 
 

@@ -1,12 +1,14 @@
 """Recipes: the paper's numbers and the original code's, and the arguments they give."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import get_scheduler
 
-from blip2_hf.training.recipes import RECIPES, Recipe, recipe_arguments, recipe_fields
+from blip2_hf.training.recipes import RECIPES, Recipe, read_recipe, recipe_arguments, recipe_fields, recipe_named
 from blip2_hf.training.task_recipes import RETRIEVAL_RECIPES, STAGE2_RECIPES
 
 CPU = {"use_cpu": True, "fp16": False, "report_to": "none"}
@@ -82,7 +84,7 @@ def test_the_original_codes_schedule(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "papers"}, "`recipe` must be one of paper, lavis, smoke, got 'papers'"),
+        ({"name": "papers"}, "`recipe` must be one of paper, lavis, smoke or a .json file, got 'papers'"),
         ({"name": "paper", "tower": "vit_h"}, "`tower` must be one of vit_g, vit_l, got 'vit_h'"),
         ({"name": "paper", "processes": 3, "per_device_batch_size": 105}, "3 processes may have 1, 2, 4, 5, 7, 8, 10"),
         ({"name": "paper", "processes": 9}, "none, as 1680 is no multiple of 9"),
@@ -154,3 +156,41 @@ def test_float32_recipes_stay_so_unless_told() -> None:
     fields = recipe_fields("smoke", llm="opt_2.7b")
     assert not fields["fp16"] and fields["frozen_vision_dtype"] is fields["frozen_language_dtype"] is None
     assert recipe_fields("smoke", llm="opt_2.7b", precision="bfloat16")["bf16"]
+
+
+def written(folder, content) -> str:
+    path = folder / "recipe.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_a_recipe_from_a_file(tmp_path) -> None:
+    path = written(tmp_path, {"base": "paper", "batch_size": 64, "processes": 1, "epochs": 3, "crop_scale": [1, 1.0]})
+    expected = replace(RECIPES["paper"], batch_size=64, processes=1, epochs=3, steps=None, crop_scale=(1, 1.0))
+    assert recipe_named(path) == expected
+    fields = recipe_fields(path, processes=1)
+    assert (fields["per_device_train_batch_size"], fields["gradient_accumulation_steps"]) == (64, 1)
+    assert fields["num_train_epochs"] == 3 and "max_steps" not in fields
+    path = written(tmp_path, {"base": "smoke", "batch_size": {"opt_2.7b": 2, "opt_6.7b": 4, "flan_t5": 8}})
+    assert read_recipe(path, STAGE2_RECIPES).column("vit_g", "flan_t5").batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ([], "must be an object, got list"),
+        ({"steps": 2}, "must have a `base` of paper, lavis, smoke, got None"),
+        ({"base": "smoke", "step": 2}, r"unknown fields \['step'\]"),
+        ({"base": "smoke", "flip": "no"}, "`flip` of recipe .* must be float, got 'no'"),
+        ({"base": "smoke", "flip": True}, "`flip` of recipe .* must be float, got True"),
+        ({"base": "smoke", "batch_size": {"vit_g": 2}}, "`batch_size` of recipe"),
+        ({"base": "smoke", "crop_scale": [1]}, "`crop_scale` of recipe"),
+        ({"base": "smoke", "steps": 2, "epochs": 1}, "must have `steps` or `epochs`, got both"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, content, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_recipe(written(tmp_path, content))
+    with pytest.raises(ValueError, match="recipe"):
+        recipe_named(str(tmp_path / "absent.json"))

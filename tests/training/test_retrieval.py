@@ -13,7 +13,7 @@ from example_scripts import SMOKE, example
 def folders(tmp_path, monkeypatch):
     model, photos = tmp_path / "model", tmp_path / "photos"
     example("random_checkpoint", monkeypatch).save_retrieval_checkpoint(model)
-    example("shapes", monkeypatch).write_captions(photos)
+    example("smoke_shapes", monkeypatch).write_captions(photos)
     return ["--model", str(model), "--train_folder", str(photos), "--eval_folder", str(photos)]
 
 

@@ -123,6 +123,21 @@ def test_from_backbones_with_a_starting_point(tmp_path, photos) -> None:
     assert fresh.config._name_or_path == "" and not fresh.vision_model.tower.training
 
 
+def test_fields_of_a_new_model(tmp_path, checkpoint) -> None:
+    text = save_bert(tmp_path / "bert", bert())
+    vision = tmp_path / "vision"
+    tower_model("clip_vision").save_pretrained(vision)
+    fields = {"num_query_tokens": 5, "itg_weight": 0.0, "qformer_config": {"cross_attention_frequency": 1}}
+    command = [*SMOKE, "--output_dir", str(tmp_path / "run"), "--model_config", json.dumps(fields)]
+    model, _ = build_stage1(*parse_stage1([*command, "--vision", str(vision), "--text", text]))
+    assert model.query_tokens.shape[1] == 5 and model.config.itg_weight == 0
+    assert model.config.qformer_config.cross_attention_frequency == 1
+    with pytest.raises(ValueError, match="`model_config` cannot be given beside `model`"):
+        build_stage1(*parse_stage1([*command, "--model", str(checkpoint)]))
+    with pytest.raises(ValueError, match="`model_config` must be a JSON object, got '5'"):
+        build_stage1(*parse_stage1([*command[:-1], "5", "--vision", str(vision), "--text", text]))
+
+
 def test_what_is_missing(tmp_path) -> None:
     arguments, training = parse_stage1([*SMOKE, "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="exactly one of `model` and `vision` must be given, got None and None"):

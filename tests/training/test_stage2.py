@@ -25,7 +25,7 @@ def sources(tmp_path, monkeypatch):
     random_checkpoint.save_retrieval_checkpoint(tmp_path / "stage1")
     for family in ("opt", "t5"):
         random_checkpoint.save_language_checkpoint(tmp_path / family, family=family)
-    example("shapes", monkeypatch).write_captions(tmp_path / "photos")
+    example("smoke_shapes", monkeypatch).write_captions(tmp_path / "photos")
     return tmp_path
 
 
@@ -164,6 +164,7 @@ def test_going_on_with_a_model(sources) -> None:
     [
         ([], "exactly one of `model` and `language` must be given, got None and None"),
         (["--model", "stage1", "--stage1", "stage1"], "`stage1` cannot be given beside `model` 'stage1'"),
+        (["--model", "stage1", "--model_config", "{}"], "`model_config` cannot be given beside `model` 'stage1'"),
     ],
 )
 def test_what_does_not_go(given: list[str], message: str, tmp_path) -> None:
@@ -173,6 +174,14 @@ def test_what_does_not_go(given: list[str], message: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         training = Blip2TrainingArguments(tmp_path, report_to="none", use_cpu=True)
         build_stage2(Stage2Arguments(recipe="smoke", **values), training)
+
+
+def test_fields_of_a_new_model(sources) -> None:
+    """Without stage 1 the queries may be any number, and the processor writes as many placeholders."""
+    options = ["--vision", str(sources / "stage1"), "--language", str(sources / "opt")]
+    options += ["--model_config", '{"num_query_tokens": 3}', "--output_dir", str(sources / "run")]
+    model, processor = build_stage2(*parse_stage2([*SMOKE, *options]))
+    assert model.query_tokens.shape[1] == processor.num_query_tokens == 3
 
 
 @pytest.mark.parametrize("llm", ["opt_2.7b", "flan_t5"])

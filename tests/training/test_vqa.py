@@ -18,7 +18,7 @@ def sources(tmp_path, monkeypatch):
     random_checkpoint = example("random_checkpoint", monkeypatch)
     random_checkpoint.save_retrieval_checkpoint(tmp_path / "stage1")
     random_checkpoint.save_generation_checkpoint(tmp_path / "model")
-    example("shapes", monkeypatch).write_questions(tmp_path / "photos")
+    example("smoke_shapes", monkeypatch).write_questions(tmp_path / "photos")
     return tmp_path
 
 

@@ -7,14 +7,16 @@ are in `task_recipes`.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
+from ..data.records import existing_file
 from .arguments import Blip2TrainingArguments
 
 # The columns of the paper's tables: what a value may depend on.
@@ -147,13 +149,52 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_named(name: str, recipes: Mapping[str, Recipe] = RECIPES) -> Recipe:
-    """
+    """A recipe of a table, or that of a JSON file (`read_recipe`).
+
     Raises:
-        ValueError: for an unknown name, naming those that are known.
+        ValueError: for an unknown name, naming those that are known; as `read_recipe`.
     """
+    if name.endswith(".json"):
+        return read_recipe(name, recipes)
     if name not in recipes:
-        raise ValueError(f"`recipe` must be one of {', '.join(recipes)}, got {name!r}")
+        raise ValueError(f"`recipe` must be one of {', '.join(recipes)} or a .json file, got {name!r}")
     return recipes[name]
+
+
+def read_recipe(path: str | os.PathLike, recipes: Mapping[str, Recipe] = RECIPES) -> Recipe:
+    """A recipe from a file: a JSON object with fields of `Recipe`, and "base", the name of the one in `recipes` that
+    has all others.
+
+    "steps" and "epochs" replace each other.
+
+    Raises:
+        ValueError: for a file that is no such object, an unknown field or base, values of another type.
+    """
+    path = existing_file(path, "recipe")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`recipe` {path} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"`recipe` {path} must be an object, got {type(given).__name__}")
+    base = given.pop("base", None)
+    if base not in recipes:
+        raise ValueError(f"`recipe` {path} must have a `base` of {', '.join(recipes)}, got {base!r}")
+    hints = get_type_hints(Recipe)
+    if unknown := sorted(set(given) - set(hints)):
+        raise ValueError(f"`recipe` {path} has unknown fields {unknown}; Recipe has {', '.join(hints)}")
+    for name, value in given.items():
+        if not _fits(value, hints[name]):
+            kind = Recipe.__annotations__[name]
+            raise ValueError(f"`{name}` of recipe {path} must be {kind}, got {value!r}")
+    lengths = [name for name in ("steps", "epochs") if given.get(name) is not None]
+    if len(lengths) > 1:
+        raise ValueError(f"`recipe` {path} must have `steps` or `epochs`, got both")
+    if lengths:
+        given = {"steps": None, "epochs": None, **given}
+    if "crop_scale" in given:
+        given["crop_scale"] = tuple(given["crop_scale"])
+    return replace(recipes[base], **given)
 
 
 def recipe_fields(
@@ -173,7 +214,7 @@ def recipe_fields(
     `chunk_size` keeps all negatives instead.
 
     Args:
-        name: one of `recipes`.
+        name: one of `recipes`, or a JSON file (`read_recipe`).
         recipes: of the task: `RECIPES`, or a table of `task_recipes`.
         tower: "vit_g" or "vit_l", for values that depend on it.
         llm: "opt_2.7b", "opt_6.7b" or "flan_t5", for values that depend on it; None: there is none, which only tables
@@ -256,6 +297,23 @@ def recipe_arguments(
     if unknown := sorted(set(overrides or {}) - {field.name for field in fields(Blip2TrainingArguments)}):
         raise ValueError(f"`overrides` has unknown fields {unknown}")
     return Blip2TrainingArguments(output_dir=output_dir, **{**given, **(overrides or {})})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file is what the type of a field of `Recipe` says."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any or (hint is type(None) and value is None):
+        return True
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is Mapping:
+        columns = parts[1] is Any or (isinstance(value, dict) and set(value) in (set(TOWERS), set(LLMS)))
+        return isinstance(value, dict) and columns and all(_fits(one, parts[1]) for one in value.values())
+    if origin is not None:  # a union
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

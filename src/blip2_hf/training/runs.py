@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 from argparse import Namespace
@@ -47,7 +48,8 @@ class RunArguments:
     """What every run needs besides `Blip2TrainingArguments`.
 
     Attributes:
-        recipe: name in the task's table of recipes, whose settings are the defaults of all other arguments.
+        recipe: name in the task's table of recipes, or a JSON file of one (`read_recipe`), whose settings are the
+            defaults of all other arguments.
         model: folder or Hub id of a model to go on from, with its processor.
         image_size: side of the images in pixels, for which the tower's positions are interpolated; default: the
             recipe's where the tower is trained, else as the tower takes them.
@@ -59,7 +61,7 @@ class RunArguments:
         resume: go on from the last complete checkpoint of `output_dir`, if there is one.
     """
 
-    recipe: str = field(default="paper", metadata={"help": "paper, lavis (where there is one) or smoke."})
+    recipe: str = field(default="paper", metadata={"help": "paper, lavis (where there is one), smoke, or a file."})
     model: str | None = field(default=None, metadata={"help": "Model to go on from."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels."})
     precision: str | None = field(default=None, metadata={"help": "float16, bfloat16 or float32."})
@@ -191,6 +193,21 @@ def written_once(folder: Path, write: Callable[[Path], object], training: Blip2T
             write(unfinished)
             unfinished.rename(folder)
     return os.fspath(folder)
+
+
+def config_overrides(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Fields of `Blip2Config` that a new model is to have, of `model_config`: a dictionary, or one in JSON.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        fields = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"`model_config` must be a JSON object, got {given!r}") from error
+    if fields is not None and not isinstance(fields, dict):
+        raise ValueError(f"`model_config` must be a JSON object, got {given!r}")
+    return dict(fields or {})
 
 
 def load_model(kind: type[Model], source: str, training: Blip2TrainingArguments) -> tuple[Model, Blip2Processor]:

@@ -13,7 +13,18 @@ from ..processing import Blip2Processor
 from ..stage1_processing import stage1_processor
 from .arguments import Blip2TrainingArguments
 from .recipes import RECIPES, Recipe, recipe_named
-from .runs import RunArguments, load_model, parse_run, prepare_model, run, run_set, seeded, set_image_size, start_from
+from .runs import (
+    RunArguments,
+    config_overrides,
+    load_model,
+    parse_run,
+    prepare_model,
+    run,
+    run_set,
+    seeded,
+    set_image_size,
+    start_from,
+)
 from .trainer import Blip2Trainer
 
 
@@ -26,11 +37,16 @@ class Stage1Arguments(RunArguments):
         tower: "vit_g" or "vit_l": which of the recipe's batch sizes.
         vision: folder or Hub id of a vision tower.
         text: folder or Hub id of a BERT.
+        model_config: of a new model, fields of `Blip2Config` to be other than usual, such as
+            {"num_query_tokens": 16}; as JSON on the command line.
     """
 
     tower: str = field(default="vit_g", metadata={"help": "vit_g or vit_l: which of the recipe's batch sizes."})
     vision: str | None = field(default=None, metadata={"help": "Vision tower to start from."})
     text: str = field(default="bert-base-uncased", metadata={"help": "BERT to start from."})
+    model_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the new model's Blip2Config, as JSON."}
+    )
 
 
 def parse_stage1(argv: Sequence[str] | None = None) -> tuple[Stage1Arguments, Blip2TrainingArguments]:
@@ -47,18 +63,21 @@ def build_stage1(
     With `save_connector_only`, a new model is first saved in full (`start_from`).
 
     Raises:
-        ValueError: neither or both of `model` and `vision`.
+        ValueError: neither or both of `model` and `vision`; `model` with `model_config`; as `from_backbones`.
     """
     if (arguments.model is None) == (arguments.vision is None):
         raise ValueError(
             f"exactly one of `model` and `vision` must be given, got {arguments.model!r} and {arguments.vision!r}"
         )
     kind, backbones = Blip2ForImageTextRetrieval, (arguments.vision, arguments.text)
+    overrides = config_overrides(arguments.model_config)
     if arguments.model is not None:
+        if overrides:
+            raise ValueError(f"`model_config` cannot be given beside `model` {arguments.model!r}, got {overrides}")
         model, processor = load_model(kind, arguments.model, training)
     else:
         model, processor = start_from(
-            kind, lambda: (kind.from_backbones(*backbones), stage1_processor(*backbones)), training
+            kind, lambda: (kind.from_backbones(*backbones, **overrides), stage1_processor(*backbones)), training
         )
     prepare_model(model, train_vision=False)
     set_image_size(model, processor, arguments, recipe_named(arguments.recipe))

@@ -12,7 +12,7 @@ from .arguments import Blip2TrainingArguments
 from .language_runs import LanguageRunArguments, captions_trainer, language_columns, prepare_language_run
 from .precision import HALF_PRECISIONS
 from .recipes import recipe_named
-from .runs import load_model, parse_run, seeded, start_from
+from .runs import config_overrides, load_model, parse_run, seeded, start_from
 from .task_recipes import STAGE2_RECIPES
 from .trainer import Blip2Trainer
 
@@ -29,6 +29,8 @@ class Stage2Arguments(LanguageRunArguments):
         text: without `stage1`, a BERT that the Q-Former starts from.
         text_branch: keep the Q-Former's text branch, for questions.
         target: of an encoder-decoder, "prefix_lm" or "whole"; default: the recipe's.
+        model_config: of a new model, fields of `Blip2Config` to be other than usual, such as
+            {"num_query_tokens": 16} without `stage1`; as JSON on the command line.
     """
 
     stage1: str | None = field(default=None, metadata={"help": "Stage-1 checkpoint to start from."})
@@ -37,6 +39,9 @@ class Stage2Arguments(LanguageRunArguments):
     text: str | None = field(default=None, metadata={"help": "BERT to start from without stage 1."})
     text_branch: bool = field(default=False, metadata={"help": "Keep the Q-Former's text branch, for questions."})
     target: str | None = field(default=None, metadata={"help": "prefix_lm or whole (encoder-decoders)."})
+    model_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the new model's Blip2Config, as JSON."}
+    )
 
 
 def parse_stage2(argv: Sequence[str] | None = None) -> tuple[Stage2Arguments, Blip2TrainingArguments]:
@@ -60,7 +65,7 @@ def build_stage2(
         raise ValueError(
             f"exactly one of `model` and `language` must be given, got {arguments.model!r} and {arguments.language!r}"
         )
-    given = [name for name in ("stage1", "vision", "text", "text_branch") if getattr(arguments, name)]
+    given = [name for name in ("stage1", "vision", "text", "text_branch", "model_config") if getattr(arguments, name)]
     if arguments.model is not None:
         if given:
             raise ValueError(f"`{'`, `'.join(given)}` cannot be given beside `model` {arguments.model!r}")
@@ -77,11 +82,17 @@ def _from_backbones(
     arguments: Stage2Arguments, training: Blip2TrainingArguments
 ) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
     options = {"stage1": arguments.stage1, "text": arguments.text, "text_branch": arguments.text_branch}
+    overrides = config_overrides(arguments.model_config)
     half = training.frozen_language_dtype
     model = Blip2ForConditionalGeneration.from_backbones(
-        arguments.vision, arguments.language, language_dtype=None if half is None else HALF_PRECISIONS[half], **options
+        arguments.vision,
+        arguments.language,
+        language_dtype=None if half is None else HALF_PRECISIONS[half],
+        **options,
+        **overrides,
     )
-    return model, stage2_processor(arguments.vision, arguments.language, **options)
+    queries = overrides.get("num_query_tokens")
+    return model, stage2_processor(arguments.vision, arguments.language, num_query_tokens=queries, **options)
 
 
 def stage2_trainer(
