@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,38 +108,72 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Images:
-    """The images of some paths or URLs, read one by one while they are needed; each that cannot be read is one line on
-    standard error.
+    """The images of some paths, URLs and folders (as `blip2 index` goes through them), read in their order; each that
+    cannot be read is one line on standard error.
 
     Every pixel is decoded, so that the result is that of the whole photo (the pipelines, given a path, decode large
     JPEGs at reduced size).
+
+    Attributes:
+        failed: whether there was something that could not be read.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
-        self._paths = iter(paths)
-        self._read: list[tuple[str, Image.Image]] = []
+        self._files = self._found(paths)
+        self._first: tuple[str, Image.Image] | None = None
         self.failed = False
 
-    def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
-        while self._read or self._advance():
-            yield self._read.pop(0)
-
     def any(self) -> bool:
-        """Whether there is an image that can be read."""
-        return bool(self._read) or self._advance()
+        """Whether there is an image that can be read; reads up to the first one."""
+        if self._first is None:
+            self._first = next(self.prepared(lambda image: image, workers=0, ahead=1), None)
+        return self._first is not None
 
-    def _advance(self) -> bool:
-        """Reads the next image that can be read."""
+    def prepared(self, prepare: Callable[[Image.Image], Any], *, workers: int, ahead: int) -> Iterator[tuple[str, Any]]:
+        """Path and `prepare(image)` of each image that can be read, made in threads as `read_ahead` does it."""
         from ..image_loading import load_image
+        from ..reading_ahead import read_ahead
 
-        for path in self._paths:
+        def read(file: tuple[str, Image.Image | None]) -> tuple[str, Any, ValueError | None]:
+            path, image = file
             try:
-                self._read.append((path, load_image(path)))
-                return True
+                image = load_image(path) if image is None else image
             except ValueError as error:
-                self.failed = True
-                print_error(error)
-        return False
+                return path, None, error
+            return path, prepare(image), None
+
+        with closing(read_ahead(read, self._rest(), workers=workers, ahead=ahead)) as results:
+            for path, result, error in results:
+                if error is None:
+                    yield path, result
+                else:
+                    self._complain(error)
+
+    def _rest(self) -> Iterator[tuple[str, Image.Image | None]]:
+        """Paths, the first one perhaps with its image, which is let go then: it may be large."""
+        if self._first is not None:
+            first, self._first = [self._first], None
+            yield first.pop()
+        for path in self._files:
+            yield path, None
+
+    def _found(self, paths: Iterable[str]) -> Iterator[str]:
+        for path in paths:
+            if not os.path.isdir(path):
+                yield path
+                continue
+            from ..evaluation.index_build import files_below
+
+            empty = True
+            for file in files_below(path):
+                empty = False
+                yield file
+            if empty:
+                self._complain(f"there are no images in the folder {path!r}")
+
+    def _complain(self, error: object) -> None:
+        self.failed = True
+        print_error(error)
 
 
 def read_image(path: str) -> Image.Image:

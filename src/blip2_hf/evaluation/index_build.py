@@ -38,7 +38,7 @@ def image_paths(sources: Sequence[str | os.PathLike]) -> list[str]:
     found: dict[str, None] = {}
     for source in map(os.path.abspath, sources):
         if os.path.isdir(source):
-            found |= dict.fromkeys(_files_below(source))
+            found |= dict.fromkeys(files_below(source))
         elif os.path.isfile(source):
             found[source] = None
         else:
@@ -235,7 +235,8 @@ def _stored(path: str, folder: Path) -> str:
     return path[len(inside) :] if path.startswith(inside) else path
 
 
-def _files_below(folder: str) -> Iterator[str]:
+def files_below(folder: str) -> Iterator[str]:
+    """Paths of the image files in a folder and below it: by suffix, in order of their names, without hidden ones."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):

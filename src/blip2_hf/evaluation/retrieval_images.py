@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from ..data.skipped import SkippedSample
+from ..reading_ahead import read_ahead
 from .image_reading import read_pixels
 
 
@@ -52,13 +52,7 @@ class ImageFiles:
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[list[int], torch.Tensor]]:
         parts = [range(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]
-        with ThreadPoolExecutor(1) as reader:
-            waiting = reader.submit(self._read, parts[0])
-            for following in [*parts[1:], None]:
-                batch = waiting.result()
-                if following is not None:
-                    waiting = reader.submit(self._read, following)
-                yield batch
+        return read_ahead(self._read, parts, workers=1, ahead=1)
 
     def _read(self, numbers: range) -> tuple[list[int], torch.Tensor]:
         """The images that can be read, as pixels [kept, 3, H, W]."""

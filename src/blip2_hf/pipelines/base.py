@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..modeling.encoded import EncodedImages
 from ..presets import with_defaults
+from ..reading_ahead import read_ahead
 from .components import find_processor, our_model
 from .requests import Preparer, Request, ToRequests, as_list, is_image, lazily
 
@@ -154,20 +155,27 @@ class Blip2Pipeline(Pipeline):
         if workers > 1 and not hasattr(requests, "__len__"):
             logger.warning("`num_workers` is 1 for generators and iterable datasets: several would repeat the inputs")
             workers = 1
-        loader = DataLoader(
-            requests,
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=self._preparer(**prepare),
-            generator=torch.Generator(),  # else it draws from the global one, and sampled texts change
-        )
+        preparer = self._preparer(**prepare)
+        if workers == 0 and isinstance(requests, list):
+            # Images only: a tokenizer cannot be used in two threads. And lists only: a generator may wait for what
+            # the caller does with a result.
+            chunks = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+            batches = map(preparer, read_ahead(preparer.read, chunks, workers=int(len(chunks) > 1), ahead=1))
+        else:
+            batches = DataLoader(
+                requests,
+                batch_size=batch_size,
+                num_workers=workers,
+                collate_fn=preparer,
+                generator=torch.Generator(),  # else it draws from the global one, and sampled texts change
+            )
         progress = self._progress if progress is None else progress
         hidden = True if not show else None if progress is None else not progress
-        return self._batches(loader, forward | {"batch_size": batch_size}, total, hidden)
+        return self._batches(batches, forward | {"batch_size": batch_size}, total, hidden)
 
-    def _batches(self, loader: DataLoader, forward: dict[str, Any], total: int | None, hidden: bool | None):
+    def _batches(self, batches: Iterable, forward: dict[str, Any], total: int | None, hidden: bool | None):
         with tqdm(total=total, disable=hidden, desc=self.task or None) as bar:
-            for batch in loader:
+            for batch in batches:
                 for result in self.postprocess(self.forward(batch, **forward)):
                     bar.update()
                     yield result

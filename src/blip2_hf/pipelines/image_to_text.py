@@ -43,7 +43,9 @@ class Blip2ImageToTextPipeline(Blip2Pipeline):
         """
         Args:
             inputs: an image: path, URL, bytes, file object, PIL image, array, or one image from `encode_image`; a
-                list of them; a dataset or generator of them, or of dictionaries with "image" or "image_embeds".
+                list of them; a dataset or generator of them, or of dictionaries with "image", "image_embeds" or
+                "pixel_values" (float [3, H, W], as the image processor gives it). While the model works on a batch of
+                a list, the next one is read.
             images: instead of `inputs`: another name of it, as in `transformers` 4.
             image_embeds: instead of `inputs`: one encoded image, or its features [1, P, E] after `ln_vision`.
             prompt: text that the model continues; the same for all images. Default: none.

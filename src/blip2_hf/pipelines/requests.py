@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ class Request:
     """One image and what is asked about it.
 
     Attributes:
-        image: whatever `blip2_hf.image_loading.load_image` takes; None with `embeds`.
+        image: whatever `blip2_hf.image_loading.load_image` takes; None with `embeds` or `pixels`.
         embeds: the image as features: one encoded image, or [1, P, E] after `ln_vision`.
+        pixels: the image as the tower takes it: float [3, H, W], resized and normalised.
         texts: prompt or question of each row; None for no text.
         sizes: how the rows are handed back: None is one result for one row, a number n a list of n results.
     """
@@ -41,10 +42,11 @@ class Request:
     embeds: EncodedImages | torch.Tensor | None = None
     texts: tuple[str | None, ...] = (None,)
     sizes: tuple[int | None, ...] = (None,)
+    pixels: torch.Tensor | None = None
 
 
 def one_image(value: Any, argument: str) -> dict[str, Any]:
-    """`image` or `embeds` of a `Request`, from an image, one encoded image, or a row of a dataset.
+    """`image`, `embeds` or `pixels` of a `Request`, from an image, one encoded image, or a row of a dataset.
 
     Raises:
         ValueError: if there is no image, or there are several.
@@ -52,11 +54,14 @@ def one_image(value: Any, argument: str) -> dict[str, Any]:
     if isinstance(value, EncodedImages):
         return {"embeds": one_embedding(value, argument)}
     if isinstance(value, dict):
-        given = [key for key in ("image", "image_embeds") if value.get(key) is not None]
+        given = [key for key in ("image", "image_embeds", "pixel_values") if value.get(key) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"`{argument}` as a dictionary must have 'image' or 'image_embeds', got {sorted(map(str, value))}"
+                f"`{argument}` as a dictionary must have 'image', 'image_embeds' or 'pixel_values', "
+                f"got {sorted(map(str, value))}"
             )
+        if given == ["pixel_values"]:
+            return {"pixels": _one_picture(value["pixel_values"])}
         if given == ["image_embeds"]:
             return {"embeds": one_embedding(value["image_embeds"], "image_embeds")}
         return one_image(value["image"], "image")
@@ -79,6 +84,14 @@ def one_embedding(value: Any, argument: str) -> EncodedImages | torch.Tensor:
         shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
         raise ValueError(f"`{argument}` must be one encoded image or a tensor [1, tokens, width], got {shape}")
     return value[None] if value.ndim == 2 else value
+
+
+def _one_picture(value: Any) -> torch.Tensor:
+    """The pixels of one image, [3, H, W] or [1, 3, H, W], as [3, H, W]."""
+    shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+    if isinstance(shape, str) or not value.is_floating_point() or shape[-3:-2] != (3,) or shape[:-3] not in ((), (1,)):
+        raise ValueError(f"`pixel_values` must be one image as a float tensor [3, height, width], got {shape}")
+    return value if value.ndim == 3 else value[0]
 
 
 def is_image(value: Any) -> bool:
@@ -158,21 +171,35 @@ class Preparer:
         Raises:
             ValueError: for an image that cannot be read, naming it, or text that is too long.
         """
+        requests = self.read(requests)
         rows = [text for request in requests for text in request.texts]
-        sources = [request.image for request in requests if request.embeds is None]
+        pixels = [request.pixels for request in requests if request.embeds is None]
         return {
-            "pixel_values": self._pixel_values(sources) if sources else None,
+            "pixel_values": torch.stack(pixels) if pixels else None,
             "embeds": [request.embeds for request in requests],
             "image_of_row": [i for i, request in enumerate(requests) for _ in request.texts],
             "sizes": [size for request in requests for size in request.sizes],
             "text": self._text(rows),
         }
 
-    def _pixel_values(self, sources: list[Any]) -> torch.Tensor:
+    def read(self, requests: list[Request]) -> list[Request]:
+        """The requests with pixels in the place of images; may be called in another thread.
+
+        Raises:
+            ValueError: for an image that cannot be read, naming it.
+        """
+        unread = [request.embeds is None and request.pixels is None for request in requests]
+        sources = [request.image for request, wanted in zip(requests, unread, strict=True) if wanted]
+        if not sources:
+            return requests
         image_processor = self.processor.image_processor
         own = isinstance(image_processor, Blip2ImageProcessor)
         sources = [self._loaded(source) if self._needs_loading(source, own) else source for source in sources]
-        return image_processor(sources, return_tensors="pt")["pixel_values"]
+        pixels = iter(image_processor(sources, return_tensors="pt")["pixel_values"])
+        return [
+            replace(request, image=None, pixels=next(pixels)) if wanted else request
+            for request, wanted in zip(requests, unread, strict=True)
+        ]
 
     def _needs_loading(self, source: Any, own: bool) -> bool:
         """Our image processor loads by itself; one of `transformers` may not, and neither knows the timeout."""

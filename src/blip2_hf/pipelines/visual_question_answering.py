@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -246,15 +246,16 @@ def _requests(items: list[Any]) -> list[Request]:
         image = one_image({key: value for key, value in item.items() if key != "question"}, "image")
         last = requests[-1] if requests else None
         if last is not None and _same(last, image):
-            requests[-1] = Request(last.image, last.embeds, last.texts + texts, last.sizes + (size,))
+            requests[-1] = replace(last, texts=last.texts + texts, sizes=last.sizes + (size,))
         else:
             requests.append(Request(**image, texts=texts, sizes=(size,)))
     return requests
 
 
 def _same(request: Request, image: dict[str, Any]) -> bool:
-    if "embeds" in image:
-        return request.embeds is image["embeds"]
+    for name in ("embeds", "pixels"):
+        if name in image:
+            return getattr(request, name) is image[name]
     if isinstance(image["image"], str):
         return isinstance(request.image, str) and request.image == image["image"]
     return request.image is image["image"]
