@@ -5,7 +5,7 @@
 The peer is what torchvision's transforms do on Pillow, which the original code uses: decode every pixel, copy the crop
 out, resize it (bicubic), mirror it, subtract the mean and divide by the standard deviation. Both run in turns in one
 process on one thread, as a worker of a DataLoader does, on the same files and the same crops; sides and noise are
-those of photos. One JSON line per case: `ratio` is the median of their time over ours, round by round, the outputs
+those of photos. One JSON line per case: `time_ratio` is the median of their time over ours, round by round, the outputs
 must be equal within one grey level on average. `exact` reads and filters every pixel.
 """
 
@@ -17,8 +17,7 @@ import statistics
 from collections.abc import Callable
 
 import numpy as np
-import PIL
-from common import emit, in_turns, median_ratio
+from common import add_measuring_arguments, compared, emit, in_turns, on_cpu, setting
 from PIL import Image
 
 from blip2_hf.augmentation import TrainingAugmentation, random_crop
@@ -51,7 +50,7 @@ def theirs(content: bytes, size: int, rng: np.random.Generator) -> np.ndarray:
     return (pixels - mean) / std
 
 
-def compare(content: bytes, size: int, repeats: int, *, exact: bool) -> dict[str, float]:
+def compare(content: bytes, size: int, repeats: int, *, exact: bool) -> dict[str, object]:
     """Times of both in turns, after checking that they agree."""
     augmentation = TrainingAugmentation(size, reduced=not exact)
 
@@ -67,8 +66,8 @@ def compare(content: bytes, size: int, repeats: int, *, exact: bool) -> dict[str
     assert levels.mean() < 1, "outputs differ by more than one grey level on average"
     times = in_turns(runs, repeats, "cpu")
     return {
-        "ratio": round(median_ratio(times), 2),
-        **{f"{name}_images_per_s": round(CROPS / statistics.median(values), 1) for name, values in times.items()},
+        **compared(times, digits=4),
+        "images_per_second": {name: round(CROPS / statistics.median(values), 1) for name, values in times.items()},
         "mean_grey_levels": round(float(levels.mean()), 3),
         "max_grey_levels": round(float(levels.max()), 1),
     }
@@ -76,11 +75,11 @@ def compare(content: bytes, size: int, repeats: int, *, exact: bool) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds per case")
+    add_measuring_arguments(parser, repeats=9)
     parser.add_argument("--size", type=int, default=224, help="side of the output in pixels")
     args = parser.parse_args()
-    emit({"setting": {"size": args.size, "repeats": args.repeats, "crops": CROPS, "pillow": PIL.__version__}})
-    for name, size in SIZES.items():
+    emit({"benchmark": "augmentation", "size": args.size, "crops": CROPS, **setting(on_cpu(args))})
+    for name, size in list(SIZES.items())[-1 if args.small else 0 :]:
         content = photo(size)
         for exact in (False, True):
             case = {"photo": name, "width": size[0], "height": size[1], "exact": exact}

@@ -1,10 +1,16 @@
-"""What the benchmarks share: measuring in turns, floating point operations, peak memory, the setting they ran in."""
+"""The harness of the benchmarks: measuring in turns, floating point operations, peak memory, the setting they ran in.
+
+A benchmark prints a line that says what its results depend on (`setting`), then one JSON line per case. Both sides get
+the same weights and inputs and take turns in one process; a script checks that their outputs are equal before it
+measures, which warms them up, too.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import ctypes
+import datetime
 import json
 import platform
 import statistics
@@ -12,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL
 import torch
 import transformers
 from torch import nn
@@ -22,15 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every benchmark of models takes."""
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds per case")
+    add_measuring_arguments(parser, repeats=5)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Options of all, also of those that have neither a device nor a dtype to choose (see `on_cpu`)."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds per case")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
-    parser.add_argument("--small", action="store_true", help="small models, for a quick check of the script")
+    parser.add_argument("--small", action="store_true", help="small inputs, for a quick check of the script")
+
+
+def on_cpu(args: argparse.Namespace, dtype: str = "float32") -> argparse.Namespace:
+    """What `setting` wants to know of a benchmark without `--device` and `--dtype`."""
+    return argparse.Namespace(**vars(args), device="cpu", dtype=dtype)
 
 
 def setting(args: argparse.Namespace) -> dict[str, object]:
     """What a result depends on; applies `--threads`."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    import blip2_hf  # here, as loading.py measures how long that takes
+
     cuda = args.device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
@@ -38,8 +57,12 @@ def setting(args: argparse.Namespace) -> dict[str, object]:
         "dtype": args.dtype,
         "repeats": args.repeats,
         "small": args.small,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
+        "blip2_hf": blip2_hf.__version__,
     }
 
 
@@ -65,9 +88,20 @@ def in_turns(runs: dict[str, Callable[[], object]], repeats: int, device: str) -
     return times
 
 
-def median_ratio(times: dict[str, list[float]]) -> float:
-    """Of "theirs" over "ours", round by round."""
-    return statistics.median(a / b for a, b in zip(times["theirs"], times["ours"], strict=True))
+def ratio(times: dict[str, list[float]], of: str = "theirs") -> tuple[float, list[float]]:
+    """Of `of` over "ours", round by round: the median, and the smallest and the largest."""
+    rounds = [a / b for a, b in zip(times[of], times["ours"], strict=True)]
+    return round(statistics.median(rounds), 2), [round(min(rounds), 2), round(max(rounds), 2)]
+
+
+def compared(times: dict[str, list[float]], digits: int = 3) -> dict[str, object]:
+    """For a case's record: `time_ratio` (theirs over ours), its `time_ratio_range`, median `seconds` of each."""
+    middle, extremes = ratio(times)
+    return {
+        "time_ratio": middle,
+        "time_ratio_range": extremes,
+        "seconds": {name: round(statistics.median(values), digits) for name, values in times.items()},
+    }
 
 
 def flops(run: Callable[[], object], *models: nn.Module) -> int:
@@ -97,6 +131,12 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     before = memory_of_process("VmRSS")
     run()
     return memory_of_process("VmHWM") - before
+
+
+def peak_mb(runs: dict[str, Callable[[], object]], device: str) -> dict[str, int | None]:
+    """`peak_bytes` of each, in MiB."""
+    peak = {name: peak_bytes(run, device) for name, run in runs.items()}
+    return {name: None if value is None else round(value / 2**20) for name, value in peak.items()}
 
 
 def reset_peak_rss() -> bool:

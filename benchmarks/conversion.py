@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import emit, memory_of_process, reset_peak_rss, setting
+from common import add_measuring_arguments, emit, memory_of_process, on_cpu, reset_peak_rss, setting
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # before this folder, whose `conversion` is this file
@@ -191,12 +191,10 @@ def measure(folder: Path, dtype: str, repeats: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1, help="rounds per case")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch")
+    add_measuring_arguments(parser, repeats=1)
     parser.add_argument(
         "--folder", type=Path, help="where to put the files for the time being (default: a temporary one)"
     )
-    parser.add_argument("--small", action="store_true", help="few layers, for a quick check of the script")
     hidden = ("HOW", "FOLDER", "TARGET", "DTYPE")
     parser.add_argument("--convert-once", nargs=4, metavar=hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -204,11 +202,10 @@ def main() -> None:
         how, folder, target, dtype = args.convert_once
         emit(convert_once(how, Path(folder), Path(target), dtype))
         return
-    args.device, args.dtype = "cpu", "float16"
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         size = write_sources(Path(name), args.small)
-        emit({"benchmark": "conversion", "sources_gb": round(size / GB, 2), **setting(args)})
-        for dtype in DTYPES:
+        emit({"benchmark": "conversion", "sources_gb": round(size / GB, 2), **setting(on_cpu(args, "float16"))})
+        for dtype in list(DTYPES)[: 1 if args.small else 2]:
             emit(measure(Path(name), dtype, args.repeats))
 
 

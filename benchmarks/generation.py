@@ -26,11 +26,10 @@ import argparse
 import contextlib
 import math
 import random
-import statistics
 from collections.abc import Iterator
 
 import torch
-from common import add_arguments, emit, flops, in_turns, median_ratio, peak_bytes, randomise, setting
+from common import add_arguments, compared, emit, flops, in_turns, peak_mb, randomise, setting
 from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, T5Config
 from transformers.initialization import no_init_weights
@@ -199,7 +198,7 @@ def measure(case: str, family: str, models: dict, args: argparse.Namespace) -> d
             raise SystemExit(f"{family} {case}: the tokens differ")
         times = in_turns(runs, args.repeats, args.device) if args.repeats else {}
         operations = {name: flops(run, models[name]) for name, run in runs.items()}
-        peak = {name: peak_bytes(run, args.device) for name, run in runs.items()}
+        peak = peak_mb(runs, args.device)
     prompt = 1 if models["ours"].config.is_encoder_decoder else inputs["ours"]["input_ids"].shape[1]
     new = tokens["ours"][:, prompt:]
     return {
@@ -210,13 +209,12 @@ def measure(case: str, family: str, models: dict, args: argparse.Namespace) -> d
         "identical_tokens": identical,
         "new_tokens_mean": round((new > END).float().sum(dim=1).mean().item(), 1),
         "distinct_tokens": len(new.unique()),
-        "time_ratio": round(median_ratio(times), 2) if times else None,
+        **(compared(times) if times else {"time_ratio": None}),
         "flop_ratio": round(operations["theirs"] / operations["ours"], 2),
-        "seconds": {name: round(statistics.median(values), 3) for name, values in times.items()},
         "gflop": {name: round(value / 1e9, 1) for name, value in operations.items()},
         "steps": {name: meter.steps for name, meter in meters.items()},
         "positions": {name: meter.positions for name, meter in meters.items()},
-        "peak_mb": {name: None if value is None else round(value / 2**20) for name, value in peak.items()},
+        "peak_mb": peak,
     }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/loading.py [--repeats 5] [--threads 2] [--small] [--family opt|t5]
 
 Each load happens in a fresh process that imports the class first, in turns, with the file in the page cache. One JSON
-line per case: `seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once, `import_seconds`
-of the class, `peak_over_file` the most memory that the load needed over the size of the file(s). Both must give the
-same weights.
+line per case: `seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once (`time_ratio` is
+theirs over ours, median over the rounds), `import_seconds` of the class, `peak_over_file` the most memory that the
+load needed over the size of the file(s). Both must give the same weights.
 """
 
 import argparse
@@ -17,20 +17,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import add_arguments, emit, memory_of_process, randomise, reset_peak_rss, setting
+from common import add_measuring_arguments, emit, memory_of_process, on_cpu, randomise, ratio, reset_peak_rss, setting
 
 CLASSES = {"ours": "blip2_hf", "theirs": "transformers"}
 
 
 def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     """A random checkpoint as `transformers` writes it, in float32; returns the bytes of its weights."""
-    from generation import QFORMER, VISION, language_config
+    from generation import SMALL_SIDE, language_config
     from transformers import Blip2Config, Blip2ForConditionalGeneration
     from transformers.initialization import no_init_weights
 
     config = Blip2Config(
-        vision_config=VISION if args.small else {"num_hidden_layers": 4},
-        qformer_config={**QFORMER, "vocab_size": 100} if args.small else {"vocab_size": 100},
+        vision_config={**SMALL_SIDE, "image_size": 56} if args.small else {"num_hidden_layers": 4},
+        qformer_config={**SMALL_SIDE, "vocab_size": 100} if args.small else {"vocab_size": 100},
         text_config=language_config(args.family, args.small).to_dict(),
         image_token_index=5,
     )
@@ -86,11 +86,14 @@ def measure(folder: Path, size: int, dtype: str, repeats: int) -> dict[str, obje
     def median(name: str, field: str) -> float:
         return statistics.median(result[field] for result in results[name])
 
+    ready = {name: [result["ready_seconds"] for result in column] for name, column in results.items()}
+    middle, extremes = ratio(ready)
     fields = ("seconds", "ready_seconds", "import_seconds")
     return {
         "load_as": dtype,
         "file_mb": round(size / 2**20),
-        "time_ratio": round(median("theirs", "ready_seconds") / median("ours", "ready_seconds"), 2),
+        "time_ratio": middle,
+        "time_ratio_range": extremes,
         "peak_over_file": {name: round(median(name, "peak") / size, 2) for name in CLASSES},
         **{field: {name: round(median(name, field), 3) for name in CLASSES} for field in fields},
     }
@@ -98,17 +101,17 @@ def measure(folder: Path, size: int, dtype: str, repeats: int) -> dict[str, obje
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_measuring_arguments(parser, repeats=5)
     parser.add_argument("--family", default="opt", choices=["opt", "t5"], help="language model of the checkpoint")
     parser.add_argument("--load-once", nargs=3, metavar=("LIBRARY", "FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load_once:
         emit(load_once(*args.load_once))
         return
-    emit({"benchmark": "loading", "family": args.family, **setting(args)})
+    emit({"benchmark": "loading", "family": args.family, **setting(on_cpu(args))})
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), args)
-        for dtype in ("float32", "bfloat16", "float16"):
+        for dtype in ("float32", "bfloat16", "float16")[: 1 if args.small else 3]:
             emit(measure(Path(folder), size, dtype, args.repeats))
 
 

@@ -4,25 +4,20 @@
 
 The peer is `transformers`' BLIP-2 image processor on Pillow (what it uses without torchvision), given the same paths.
 Both run in turns in one process, on pictures of scikit-image scaled up to the size of photos, with grain. One JSON
-line per case: `ratio` is the median of their time over ours, round by round. `exact` decodes every pixel and must
+line per case: `time_ratio` is the median of their time over ours, round by round. `exact` decodes every pixel and must
 equal the peer within 1e-5; the default decodes large JPEGs at reduced size and must stay within one grey level on
 average.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL
 import skimage.data
 import torch
-import transformers
+from common import add_measuring_arguments, compared, emit, in_turns, on_cpu, setting
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -44,13 +39,7 @@ def write_photos(folder: Path, size: tuple[int, int]) -> list[str]:
     return paths
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def compare(paths: list[str], size: int, repeats: int, *, exact: bool) -> dict[str, float]:
+def compare(paths: list[str], size: int, repeats: int, *, exact: bool) -> dict[str, object]:
     """Times of both in turns, after checking that they agree."""
     ours = Blip2ImageProcessor(size=size, jpeg_draft=not exact)
     theirs = BlipImageProcessorPil(size={"height": size, "width": size})
@@ -60,15 +49,14 @@ def compare(paths: list[str], size: int, repeats: int, *, exact: bool) -> dict[s
         assert (got - expected).abs().max() <= 1e-5, "outputs differ"
     else:
         assert grey_levels.mean() < 1, "outputs differ by more than one grey level on average"
-    times = [
-        tuple(seconds(lambda each=each: each(paths, return_tensors="pt")) for each in (ours, theirs))
-        for _ in range(repeats)
-    ]
-    ours_s, theirs_s = (statistics.median(column) for column in zip(*times, strict=True))
+    runs = {
+        "ours": lambda: ours(paths, return_tensors="pt"),
+        "theirs": lambda: theirs(paths, return_tensors="pt"),
+    }
+    times = in_turns(runs, repeats, "cpu")
     return {
-        "ratio": round(statistics.median(theirs / ours for ours, theirs in times), 2),
-        "ours_images_per_s": round(len(paths) / ours_s, 1),
-        "theirs_images_per_s": round(len(paths) / theirs_s, 1),
+        **compared(times, digits=4),
+        "images_per_second": {name: round(len(paths) / statistics.median(each), 1) for name, each in times.items()},
         "mean_grey_levels": round(grey_levels.mean().item(), 3),
         "max_grey_levels": round(grey_levels.max().item(), 1),
     }
@@ -76,28 +64,18 @@ def compare(paths: list[str], size: int, repeats: int, *, exact: bool) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds per case")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch, which ours uses for a batch")
+    add_measuring_arguments(parser, repeats=9)
     parser.add_argument("--size", type=int, default=224, help="side of the output in pixels")
     args = parser.parse_args()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    setting = {
-        "size": args.size,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
-        "pillow": PIL.__version__,
-        "transformers": transformers.__version__,
-    }
-    print(json.dumps({"setting": setting}), flush=True)
+    emit({"benchmark": "processor", "size": args.size, **setting(on_cpu(args))})
     with tempfile.TemporaryDirectory() as folder:
-        for name, size in SIZES.items():
+        for name, size in list(SIZES.items())[-1 if args.small else 0 :]:
             paths = write_photos(Path(folder), size)
             for count in (1, len(paths)):
                 for exact in (False, True):
                     result = compare(paths[:count], args.size, args.repeats, exact=exact)
                     case = {"photos": name, "width": size[0], "height": size[1], "images": count, "exact": exact}
-                    print(json.dumps(case | result), flush=True)
+                    emit(case | result)
 
 
 if __name__ == "__main__":

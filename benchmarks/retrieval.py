@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from common import add_arguments, emit, flops, in_turns, peak_bytes, seconds, setting
+from common import add_arguments, emit, flops, in_turns, peak_mb, ratio, seconds, setting
 from original_stage1 import KERNELS, OriginalStage1
 from stage1_step import CLS, FIRST_WORD, SEP, build, config_of
 from transformers import Blip2Config as TheirConfig, Blip2ForImageTextRetrieval as TheirModel
@@ -261,17 +261,15 @@ class Case:
         }
         times = in_turns(runs, self.args.repeats, self.args.device)
         per_pair = {name: [t / (ours if name == "ours" else theirs) for t in values] for name, values in times.items()}
-        ratio = {
-            name: round(statistics.median(a / b for a, b in zip(per_pair[name], per_pair["ours"], strict=True)), 2)
-            for name in ("original", "transformers")
-        }
+        ratios = {name: ratio(per_pair, of=name) for name in ("original", "transformers")}
         runs["ours"] = lambda: self.bench.ours(self.block)  # with keys and values of a whole block of images
-        peak = {name: peak_bytes(run, self.args.device) for name, run in runs.items()}
         return {
             "timed_pairs": {"ours": ours, "theirs": theirs},
-            "time_ratio": ratio,
+            "peer_attention": self.bench.kernel,
+            "time_ratio": {name: middle for name, (middle, _) in ratios.items()},
+            "time_ratio_range": {name: extremes for name, (_, extremes) in ratios.items()},
             "seconds_per_pair": {name: round(statistics.median(values), 5) for name, values in per_pair.items()},
-            "peak_mb": {name: None if value is None else round(value / 2**20) for name, value in peak.items()},
+            "peak_mb": peak_mb(runs, self.args.device),
         }
 
 
@@ -357,7 +355,6 @@ def main() -> None:
             probe.loop("original")
             tried[name] = seconds(lambda: probe.loop("original"), args.device)
         bench.kernel = min(tried, key=tried.get)
-        emit({"peer_attention": bench.kernel})
     for k in args.k:
         for direction in ("image_to_text", "text_to_image"):
             emit(measure(bench, direction, k, args))

@@ -21,11 +21,10 @@ weights stay float32 and autocast is used. Takes about 15 minutes on 2 CPU cores
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
-from common import add_arguments, emit, flops, in_turns, median_ratio, peak_bytes, randomise, seconds, setting
+from common import add_arguments, compared, emit, flops, in_turns, peak_mb, randomise, seconds, setting
 from original_stage1 import KERNELS, OriginalStage1
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,13 +240,7 @@ def measure(model: blip2_hf.Blip2ForImageTextRetrieval, batch: int, args: argpar
         kernel = min(tried, key=tried.get)
         runs = {"ours": lambda: case.step(case.ours), "theirs": kernels[kernel]}
         times = in_turns(runs, args.repeats, args.device)
-        peak = {name: peak_bytes(run, args.device) for name, run in runs.items()}
-        record |= {
-            "peer_attention": kernel,
-            "time_ratio": round(median_ratio(times), 2),
-            "seconds": {name: round(statistics.median(values), 3) for name, values in times.items()},
-            "peak_mb": {name: None if value is None else round(value / 2**20) for name, value in peak.items()},
-        }
+        record |= {"peer_attention": kernel, **compared(times), "peak_mb": peak_mb(runs, args.device)}
     passes = {name: pass_flops(case, name) for name in ("ours", "theirs")}
     step = {
         "ours": flops(lambda: case.step(case.ours), model.qformer),

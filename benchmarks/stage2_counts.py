@@ -1,6 +1,6 @@
 """Memory and operations of a training step of every released stage-2 model, by count on the meta device.
 
-    python benchmarks/stage2_counts.py
+    python benchmarks/stage2_counts.py [--small]
 
 One JSON line per checkpoint, at its own image size. The frozen parts are in half precision (2 bytes), what is trained
 is in float32 with a float32 gradient and AdamW's two moments (4 + 4 + 8 bytes). "stage2": tower and language model
@@ -12,9 +12,12 @@ published Flan-T5 has a matrix of its own there (0.07B parameters in XL, 0.13B i
 
 from __future__ import annotations
 
+import argparse
+import datetime
 from unittest.mock import patch
 
 import torch
+import transformers
 from common import emit
 from stage2_models import batch_of, parts
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,7 +59,11 @@ def gflop_per_sample(model: blip2_hf.Blip2ForConditionalGeneration) -> float:
 
 
 def main() -> None:
-    emit({"benchmark": "stage2_counts", "torch": torch.__version__})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="one checkpoint, for a quick check of the script")
+    args = parser.parse_args()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    emit({"benchmark": "stage2_counts", "small": args.small, "date": datetime.date.today().isoformat(), **versions})
     for name, entry in CHECKPOINTS.items():
         if entry.kind != "generation":
             continue
@@ -71,6 +78,8 @@ def main() -> None:
         model.unfreeze_language_model()
         record["nothing_frozen"] = bytes_of(model) | {"gflop_per_sample": gflop_per_sample(model)}
         emit(record)
+        if args.small:
+            break
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from common import add_arguments, emit, flops, median_ratio, peak_bytes, seconds, setting
+from common import add_arguments, compared, emit, flops, peak_mb, ratio, seconds, setting
 from stage2_models import SIZES, batch_of, config_of, ours, parts, theirs
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -169,16 +169,14 @@ def measure(case: Case, name: str, rows: int, gflop: dict[str, float], args: arg
         for run in runs.values():
             run()
         times, processor_times = timed(runs, args.repeats, args.device)
-        peak = {who: peak_bytes(run, args.device) for who, run in runs.items()}
         taken = {who: statistics.median(values) for who, values in times.items()}
         device_peak = peak_flops(args)
         record |= {
-            "time_ratio": round(median_ratio(times), 2),
-            "cpu_time_ratio": round(median_ratio(processor_times), 2),
-            "seconds": {who: round(value, 4) for who, value in taken.items()},
+            **compared(times, digits=4),
+            "cpu_time_ratio": ratio(processor_times)[0],
             "samples_per_second": {who: round(rows / value, 2) for who, value in taken.items()},
             "mfu": None if device_peak is None else round(gflop["ours"] * 1e9 * rows / taken["ours"] / device_peak, 3),
-            "peak_mb": {who: None if value is None else round(value / 2**20) for who, value in peak.items()},
+            "peak_mb": peak_mb(runs, args.device),
         }
     return record
 
