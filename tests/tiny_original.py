@@ -42,7 +42,7 @@ T5 = {
     "num_layers": 2,
     "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
-    "dense_act_fn": "gelu",
+    "dense_act_fn": "gelu",  # exact, where Flan-T5's own is the tanh approximation
     "tie_word_embeddings": False,
     "decoder_start_token_id": 0,
 }

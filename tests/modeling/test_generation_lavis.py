@@ -12,33 +12,10 @@ from safetensors.torch import save_file
 from blip2_hf.configuration import Blip2Config
 from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
 from conversion.lavis import to_ours
-from lavis_names import fixture
+from lavis_names import QUERIES, fixture
 from parity import EXACT, changed, gradients
+from tiny_original import OPT, T5
 
-QUERIES = 8
-OPT = {
-    "model_type": "opt",
-    "vocab_size": 260,
-    "hidden_size": 48,
-    "word_embed_proj_dim": 48,
-    "ffn_dim": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-T5 = {
-    "model_type": "t5",
-    "vocab_size": 107,
-    "d_model": 48,
-    "d_kv": 12,
-    "d_ff": 96,
-    "num_layers": 2,
-    "num_heads": 4,
-    "feed_forward_proj": "gated-gelu",
-    "dense_act_fn": "gelu",  # exact, where Flan-T5's own is the tanh approximation
-    "tie_word_embeddings": False,
-    "decoder_start_token_id": 0,
-}
 PROMPT = {"noprompt": 1, "prompt": 11}  # tokens, with BOS: "" and "a photo of"
 
 
