@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from blip2_hf.modeling.attention import eager_if, slow_backward
 
 STATE, LOG, REPORT = "state.pt", "log.jsonl", "report.json"
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -138,6 +141,8 @@ def train(
         prefetch_factor=4 if options.workers else None,
     )
     model.train()
+    language_model = model if isinstance(model, PreTrainedModel) else None
+    slow = language_model is not None and slow_backward(options.device, PRECISIONS[options.precision])
     started = saved = logged = time.monotonic()
     sums: dict[str, torch.Tensor] = {}
     since = 0
@@ -145,7 +150,7 @@ def train(
     for step, batch in enumerate(loader, start=first):
         for group in optimizer.param_groups:
             group["lr"] = options.rate(step)
-        with options.autocast():
+        with options.autocast(), eager_if(slow, language_model):
             losses = losses_of({name: tensor.to(options.device) for name, tensor in batch.items()})
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()

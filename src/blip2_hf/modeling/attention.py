@@ -45,14 +45,16 @@ def attend(
     attention_mask: torch.Tensor | None,
     output_attentions: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by the kernel that `module.config` names; by the eager one if its weights are asked for.
+    """Attention by the kernel that `module.config` names; by the eager one if its weights are asked for, or where that
+    kernel is slow backwards (`slow_backward`).
 
     `module` has `config`, `scaling`, `attention_dropout`. Shapes as in `eager_attention`; the output is contiguous in
     its last two dimensions, so that `flatten(2)` gives the heads side by side.
     """
     implementation = module.config._attn_implementation
     kernel: Callable = eager_attention
-    if not output_attentions and implementation not in (None, "eager"):
+    slow = implementation == "sdpa" and query.requires_grad and slow_backward(query.device.type, query.dtype)
+    if not (output_attentions or slow or implementation in (None, "eager")):
         kernel = ALL_ATTENTION_FUNCTIONS[implementation]
         if implementation == "flex_attention" and attention_mask is not None:
             attention_mask = _block_mask(attention_mask, query.shape[2], key.shape[2])
@@ -68,14 +70,20 @@ def attend(
     return output.flatten(2), weights if output_attentions else None
 
 
+def slow_backward(device_type: str, dtype: torch.dtype | None) -> bool:
+    """Whether the backward pass of torch's fused attention costs many times that of the written-out one: on a CPU in
+    half precision it does (torch 2.13, bfloat16, 40 to 65 keys: five to twelve times)."""
+    return device_type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
 @contextlib.contextmanager
-def eager_if(wanted: bool, model: PreTrainedModel) -> Iterator[None]:
+def eager_if(wanted: bool, model: PreTrainedModel | None) -> Iterator[None]:
     """While active, a model of `transformers` runs its eager attention, the only one that gives weights, if `wanted`;
     its own choice is put back afterwards."""
-    chosen = model.config._attn_implementation
-    if not wanted or chosen == "eager":
+    if not wanted or model.config._attn_implementation == "eager":
         yield
         return
+    chosen = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data.streaming import ExampleStream
+from ..modeling.attention import eager_if, slow_backward
 from ..modeling.generation import Blip2ForConditionalGeneration
 from ..modeling.retrieval import Blip2ForImageTextRetrieval
 from ..processing import Blip2Processor
@@ -219,6 +220,13 @@ class Blip2Trainer(LoadersMixin, SampleTextsMixin, EvaluationMixin, SavingMixin,
         return self.accelerator.reduce(numbers, "sum") if self.args.world_size > 1 else numbers
 
     # -- loss --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """With the attention kernel whose backward pass is fast: see `slow_backward`."""
+        language_model = self._plain_model().language_model if self._generates else None
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        with eager_if(language_model is not None and slow_backward(self.args.device.type, dtype), language_model):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
