@@ -2,13 +2,15 @@
 # again whenever pyproject.toml or constraints.txt change.
 #   make test PYTEST_ARGS="tests/test_package.py -x"     a part of the tests
 #   make test PYTHON=python3.12 WORKERS=8                another interpreter (for a new .venv), more processes
-#   make demo THREADS=8                                  more threads of torch
+#   make demo THREADS=8                                  more threads of torch; the report is demo/report.html and .png
+#   make demo DEMO_ARGS="--images a.png b.png"           pictures of your own
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   torch's CPU build
 
 PYTHON ?= python3
 THREADS ?= 2
 WORKERS ?= 2
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 PIP_ARGS ?=
 
 VENV := .venv
@@ -23,7 +25,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e '.[dev]'
 	touch $@
 
 test: $(STAMP)
@@ -31,7 +33,7 @@ test: $(STAMP)
 		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 demo: $(STAMP)
-	$(RUN) OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
+	$(RUN) OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

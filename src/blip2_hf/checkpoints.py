@@ -139,6 +139,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     ),
 }
 
+# Small checkpoints inside this package, trained on its own world of shapes (docs/shapes.md): no network needed.
+SHIPPED = ("blip2-tiny-opt", "blip2-tiny-t5", "blip2-tiny-itm")
+_SHIPPED_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shipped")
+
 # Shapes of the vision towers; what is not said is the default of the tower's config class.
 _TOWERS: dict[str, dict[str, Any]] = {
     "eva_vit_g": {
@@ -208,15 +212,18 @@ def resolve_checkpoint(name: str | os.PathLike) -> str:
     """What `from_pretrained` should be given for `name`.
 
     Args:
-        name: a folder, a short name (one of `CHECKPOINTS`) or a Hub id.
+        name: a folder, a short name (one of `CHECKPOINTS` or `SHIPPED`) or a Hub id.
 
     Returns:
-        `name` itself if there is a folder of that name, the Hub id of a short name, else `name`.
+        `name` itself if there is a folder of that name, the Hub id of a short name, the folder in this package of a
+        shipped one, else `name`.
 
     Raises:
         ValueError: for the short name of a checkpoint that is not on the Hub, without a folder of that name.
     """
     name = os.fspath(name)
+    if name in SHIPPED and not os.path.isdir(name):
+        return os.path.join(_SHIPPED_FOLDER, name)
     checkpoint = CHECKPOINTS.get(name)
     if checkpoint is None or os.path.isdir(name):
         return name
@@ -232,6 +239,13 @@ def resolve_checkpoint(name: str | os.PathLike) -> str:
         f"original file, for none was published: it has a config only (`Blip2Config.for_checkpoint`), and "
         f"there is no folder {name!r}"
     )
+
+
+def short_name(path: str | os.PathLike) -> str:
+    """The name of a shipped checkpoint, where `path` is its folder in this package (elsewhere on each machine)."""
+    path = os.fspath(path)
+    name = os.path.basename(path)
+    return name if name in SHIPPED and os.path.dirname(path) == _SHIPPED_FOLDER else path
 
 
 def checkpoint_config(name: str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def test_make_add_and_remove(blip2, checkpoint, photos, folder, tmp_path) -> Non
     assert (done.code, done.out, done.err) == (0, [f"{path}: 2 images (2 added)"], [])
     assert names(path) == ["photos/chelsea.png", "photos/coffee.png"]
     assert read_index(path).model.name == checkpoint("retrieval")
+    again = blip2("index", folder, "-o", path)  # with the model that it was made with
+    assert (again.code, again.err) == (done.code, done.err)
 
     done = blip2("index", photos["astronaut"], "-o", path, "--add", "--json", *model)
     assert done.code == 0

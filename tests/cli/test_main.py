@@ -13,6 +13,7 @@ from transformers.utils import logging
 import blip2_hf
 from blip2_hf.cli import main
 from blip2_hf.cli.common import CommandError
+from blip2_hf.cli.main import build_parser
 
 COMMANDS = ("caption", "ask", "chat", "match")  # those about images that are named
 ALL = (*COMMANDS, "index", "search", "eval")
@@ -135,11 +136,47 @@ def test_models_that_cannot_be_loaded(blip2, command, photos, checkpoint, tmp_pa
         assert len(done.err) == 1 and done.err[0].startswith(f"blip2: cannot load model {model!r}: ")
 
 
-def test_default_models_are_released_ones(blip2, photos, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for command, model in (("caption", "blip2-opt-2.7b"), ("match", "blip2-itm-vit-g")):
-        done = blip2(command, photos["chelsea"], *REST[command])
-        assert done.code == 1 and f"{model!r}" in done.err[0]  # there is no network in the tests
+DEFAULTS = {
+    ("caption", "PHOTO"): ("blip2-tiny-opt", "blip2-opt-2.7b"),
+    ("ask", "PHOTO", "what?"): ("blip2-tiny-opt", "blip2-opt-2.7b"),
+    ("chat", "PHOTO"): ("blip2-tiny-opt", "blip2-opt-2.7b"),
+    ("match", "PHOTO", "a cat"): ("blip2-tiny-itm", "blip2-itm-vit-g"),
+    ("index", "PHOTO", "-o", "photos.index"): ("blip2-tiny-itm", "blip2-itm-vit-g"),
+}
+
+
+@pytest.mark.parametrize("arguments", DEFAULTS)
+def test_without_a_model_a_shipped_one_works_and_says_so(
+    blip2, photos, checkpoint, tmp_path, monkeypatch, arguments
+) -> None:
+    """Here with other weights in the package's place."""
+    model, released = DEFAULTS[arguments]
+    (tmp_path / model).symlink_to(checkpoint("retrieval" if model.endswith("itm") else "opt"))
+    monkeypatch.setattr("blip2_hf.checkpoints._SHIPPED_FOLDER", str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    arguments = [photos["chelsea"] if argument == "PHOTO" else argument for argument in arguments]
+    done = blip2(*arguments, stdin="what?")
+    note = f"no --model given: using {model}, which only knows drawn shapes; for photos: --model {released} "
+    assert done.code == 0 and done.out
+    assert len(done.err) == 1 and done.err[0].startswith(f"blip2: {note}")
+    asked_for = blip2(*arguments, "--model", model, stdin="what?")
+    assert (asked_for.code, asked_for.err) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "released"),
+    [
+        ("captioning", "blip2-tiny-opt", "blip2-opt-2.7b-coco"),
+        ("vqa", "blip2-tiny-t5", "blip2-flan-t5-xl"),
+        ("retrieval", "blip2-tiny-itm", "blip2-itm-vit-g-coco"),
+    ],
+)
+def test_default_models_of_evaluation(task, model, released) -> None:
+    files = ["--questions" if task == "vqa" else "--annotations", "a.json", "--images", "images"]
+    args = build_parser().parse_args(["eval", task, *files])
+    assert (args.model, args.released) == (model, released)
+    args = build_parser().parse_args(["eval", task, *files, "--model", "mine"])
+    assert (args.model, args.released) == ("mine", None)
 
 
 def test_a_device_that_is_not_there(blip2, photos, checkpoint) -> None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  blip2 ask photo.jpg "how many dogs are there?"
+  blip2 ask photo.jpg "how many dogs are there?" --model blip2-opt-2.7b
   blip2 ask photo.jpg "where is this?" "what season is it?" --model blip2-flan-t5-xl --json
-  blip2 ask photo.jpg "is it raining?" --answers yes no --top-k 2
+  blip2 ask photo.jpg "is it raining?" --answers yes no --top-k 2 --model blip2-opt-2.7b
 """
 # Options of generation, which have no meaning where answers are given.
 _GENERATION = ("num_beams", "max_new_tokens", "length_penalty")
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         help=f"below 0 for short answers (default: {VQA['length_penalty']:g}, as in the paper)",
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
-    add_model_options(parser, default="blip2-opt-2.7b")
+    add_model_options(parser, default="blip2-tiny-opt", released="blip2-opt-2.7b")
     parser.set_defaults(wrong=parser.error)
 
 

@@ -25,10 +25,10 @@ from .common import (
 
 _EXAMPLES = """\
 examples:
-  blip2 caption photo.jpg
-  blip2 caption *.jpg --json > captions.jsonl
-  blip2 caption photos/ --json > captions.jsonl
-  blip2 caption photo.jpg --prompt "this is a painting of" --num-beams 1
+  blip2 caption photo.jpg --model blip2-opt-2.7b
+  blip2 caption photos/ --model blip2-opt-2.7b --json > captions.jsonl
+  blip2 caption photo.jpg --model blip2-opt-2.7b --prompt "this is a painting of" --num-beams 1
+  blip2 caption shapes.png        (the small model of drawn shapes, inside this package)
 """
 
 
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="threads that read images while the model works, 0 for none (default: 1 on a CPU, else up to 8)",
     )
-    add_model_options(parser, default="blip2-opt-2.7b")
+    add_model_options(parser, default="blip2-tiny-opt", released="blip2-opt-2.7b")
 
 
 def run(args: argparse.Namespace) -> int:

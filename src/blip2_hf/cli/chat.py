@@ -29,7 +29,7 @@ the input ends the conversation. Earlier questions and answers are part of each 
 of the paper, and the image is encoded once.
 
 examples:
-  blip2 chat photo.jpg
+  blip2 chat photo.jpg --model blip2-opt-2.7b
   printf 'what is this?\\nwhy is it famous?\\n' | blip2 chat photo.jpg --model blip2-flan-t5-xxl
 """
 _ENDS = ("exit", "quit")
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(commands, "chat", "talk about an image", run, epilog=_NOTES)
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
     add_generation_options(parser, num_beams=CHAT["num_beams"], max_new_tokens=CHAT["max_new_tokens"])
-    add_model_options(parser, default="blip2-opt-2.7b")
+    add_model_options(parser, default="blip2-tiny-opt", released="blip2-opt-2.7b")
 
 
 def run(args: argparse.Namespace) -> int:

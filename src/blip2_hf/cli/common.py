@@ -37,10 +37,22 @@ def new_parser(commands: Any, name: str, help: str, run: Callable[[argparse.Name
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Options about model, device and output that every command has."""
+def add_model_options(parser: argparse.ArgumentParser, default: str, released: str | None = None) -> None:
+    """Options about model, device and output that every command has.
+
+    Args:
+        default: what is said to be the model if none is given.
+        released: if that is a small one inside this package: the checkpoint for photos that is pointed to instead.
+    """
     group = parser.add_argument_group("model and output")
-    group.add_argument("--model", default=default, help=f"folder, Hugging Face id or short name (default: {default})")
+    hint = "" if released is None else f", which only knows drawn shapes; for photos: {released}"
+    group.add_argument(
+        "--model",
+        action=_ChosenModel,
+        default=default,
+        help=f"folder, Hugging Face id or short name (default: {default}{hint})",
+    )
+    parser.set_defaults(released=released)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first accelerator, else cpu)")
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, what the checkpoint has)"
@@ -95,6 +107,13 @@ def question(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
     return text
+
+
+class _ChosenModel(argparse.Action):
+    """Stores the model; there is then no other to point to."""
+
+    def __call__(self, parser, namespace, value, option_string=None) -> None:
+        namespace.model, namespace.released = value, None
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -225,11 +244,17 @@ def load_pipeline(task: str, args: argparse.Namespace, **options: Any) -> Any:
 
 @contextmanager
 def loading(args: argparse.Namespace) -> Iterator[None]:
-    """Turns whatever goes wrong in loading a model into a `CommandError`.
+    """Turns whatever goes wrong in loading a model into a `CommandError`. A small model that was not asked for is one
+    line on standard error.
 
     Not only our own errors: an unknown name, no network, a folder of something else, no such device, too little
     memory.
     """
+    if args.released is not None:
+        print_error(
+            f"no --model given: using {args.model}, which only knows drawn shapes; for photos: --model "
+            f"{args.released} (downloaded once)"
+        )
     try:
         yield
     except Exception as error:

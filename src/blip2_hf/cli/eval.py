@@ -34,13 +34,14 @@ started again, and prints its scores below the paper's. docs/evaluation.md says 
 _CAPTIONING = """\
 examples:
   blip2 eval captioning --annotations dataset_coco.json --images coco --model blip2-opt-2.7b-coco --output-dir out
-  blip2 eval captioning --benchmark nocaps --annotations nocaps_val_4500_captions.json --images nocaps
+  blip2 eval captioning --benchmark nocaps --annotations nocaps_val_4500_captions.json --images nocaps \\
+      --model blip2-opt-2.7b-coco
 """
 _VQA = """\
 examples:
   blip2 eval vqa --questions v2_OpenEnded_mscoco_val2014_questions.json \\
       --annotations v2_mscoco_val2014_annotations.json --images val2014 --model blip2-flan-t5-xl --output-dir out
-  blip2 eval vqa --benchmark gqa --questions testdev_balanced_questions.json --images gqa
+  blip2 eval vqa --benchmark gqa --questions testdev_balanced_questions.json --images gqa --model blip2-flan-t5-xl
 """
 _RETRIEVAL = """\
 examples:
@@ -89,7 +90,7 @@ def _add_captioning(tasks: Any) -> None:
     _add_generation(parser, presets=("paper", "lavis"))
     parser.add_argument("--prompt", help='text that the model continues, "" for none (default: the preset\'s)')
     _add_run(parser, batch_size=16, unit="images")
-    add_model_options(parser, default="blip2-opt-2.7b-coco")
+    add_model_options(parser, default="blip2-tiny-opt", released="blip2-opt-2.7b-coco")
     parser.set_defaults(wrong=parser.error)
 
 
@@ -109,7 +110,7 @@ def _add_vqa(tasks: Any) -> None:
     _add_generation(parser, presets=("paper", "paper-finetuned", "lavis"))
     parser.add_argument("--prompt", type=template, help="with {} for the question (default: the preset's)")
     _add_run(parser, batch_size=32, unit="questions")
-    add_model_options(parser, default="blip2-flan-t5-xl")
+    add_model_options(parser, default="blip2-tiny-t5", released="blip2-flan-t5-xl")
     parser.set_defaults(wrong=parser.error)
 
 
@@ -144,7 +145,7 @@ def _add_retrieval(tasks: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", help="finished parts, and the report")
     group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pairs at a time (default: 64)")
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-    add_model_options(parser, default="blip2-itm-vit-g-coco")
+    add_model_options(parser, default="blip2-tiny-itm", released="blip2-itm-vit-g-coco")
 
 
 def _add_generation(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:

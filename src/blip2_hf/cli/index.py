@@ -33,9 +33,10 @@ _EXAMPLES = """\
 Without --add, the index is that of the given images: new and changed files are encoded, those that are
 not given (any more) go. A run that is stopped continues when it is started again: what was encoded is
 saved every minute (in a large index less often, saving takes at most a twentieth of the time) and on Ctrl-C.
+Without --model, an index that exists is changed with the model that it was made with.
 
 examples:
-  blip2 index photos/ -o photos.index
+  blip2 index photos/ -o photos.index --model blip2-itm-vit-g
   blip2 index holidays/ new.jpg -o photos.index --add
   blip2 index photos/old/ -o photos.index --remove
   blip2 search photos.index "a dog on a beach"
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> None:
     change.add_argument("--add", action="store_true", help="keep what is in the index beside these images")
     change.add_argument("--remove", action="store_true", help="take these images out (no model is loaded)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images at a time (default: 16)")
-    add_model_options(parser, default="blip2-itm-vit-g")
+    add_model_options(parser, default="blip2-tiny-itm", released="blip2-itm-vit-g")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,6 +90,8 @@ def _updated(args: argparse.Namespace) -> tuple[PhotoIndex, IndexChanges]:
         existing = read_index(args.output) if os.path.exists(args.output) else None
         if not paths and not (existing and args.add):
             raise ValueError(f"there are no images in {', '.join(args.images)}")
+    if existing is not None and args.released is not None:  # none was chosen: no other fits
+        args.model, args.released = existing.model.name, None
     with loading(args):
         model, processor = load_retrieval(args)
     name = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model

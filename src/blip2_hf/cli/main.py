@@ -19,7 +19,9 @@ exit codes:
   2  a file could not be read (the others were still processed), or wrong arguments
 
 MODEL is a folder, a Hugging Face id, or the short name of a released checkpoint, such as
-blip2-opt-2.7b, blip2-flan-t5-xl or blip2-itm-vit-g. `blip2 COMMAND --help` shows the options.
+blip2-opt-2.7b, blip2-flan-t5-xl or blip2-itm-vit-g, which are downloaded once. Without --model a
+small one inside this package works, which only knows drawn shapes (blip2-tiny-opt, blip2-tiny-t5,
+blip2-tiny-itm). `blip2 COMMAND --help` shows the options.
 """
 
 

@@ -18,7 +18,7 @@ columns: ITC, the cosine of the features of image and text (-1 to 1); ITM, the p
 belong together (0 to 1).
 
 example:
-  blip2 match photo.jpg "a photo of a cat" "a photo of a dog"
+  blip2 match photo.jpg "a photo of a cat" "a photo of a dog" --model blip2-itm-vit-g
 """
 
 
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
     parser.add_argument("texts", nargs="+", metavar="TEXT")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="texts at a time (default: 64)")
-    add_model_options(parser, default="blip2-itm-vit-g")
+    add_model_options(parser, default="blip2-tiny-itm", released="blip2-itm-vit-g")
 
 
 def run(args: argparse.Namespace) -> int:

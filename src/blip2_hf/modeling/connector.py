@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.generation import GenerationConfig
 from transformers.utils.hub import cached_file
 
+from ..checkpoints import short_name
 from ..configuration import Blip2Config
 from .checkpoint_files import CONNECTOR_NAME, check_safetensors, some
 from .text_branch import TEXT_FIELDS, insert_text_branch, text_branch_shapes
@@ -36,7 +37,7 @@ class ConnectorMixin:
         if os.path.isdir(origin):
             if folder.exists() and os.path.samefile(origin, folder):
                 raise ValueError(f"`save_directory` {folder} holds the full checkpoint the frozen parts come from")
-            origin = os.path.abspath(origin)  # it must be found from another working directory, too
+            origin = short_name(os.path.abspath(origin))  # it must be found from another working directory, too
         state_dict = self.state_dict() if state_dict is None else state_dict
         keys = self._connector_keys(state_dict, self._changed_parts())
         tensors = {key: state_dict[key].contiguous() for key in keys}

@@ -1,0 +1,103 @@
+"""The checkpoints inside the package say what is in drawn pictures, by their names and without network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2_hf import Blip2ForImageTextRetrieval, Blip2Processor, pipeline
+from blip2_hf.checkpoints import SHIPPED, resolve_checkpoint
+from blip2_hf.cli import main
+from blip2_hf.data.shapes.drawing import render
+from blip2_hf.data.shapes.grammar import check_caption
+from blip2_hf.data.shapes.scenes import Scene, Thing
+from example_scripts import example
+
+MEGABYTES = 10
+
+
+def one(shape: str, colour: str, texture: str = "plain", background: int = 5) -> Scene:
+    return Scene((Thing(shape, colour, "large", texture, 48, 50, 32),), background)
+
+
+RED_CIRCLE, BLUE_STAR = one("circle", "red"), one("star", "blue", "striped")
+BOTH = Scene(
+    (Thing("circle", "red", "small", "plain", 20, 60, 18), Thing("star", "blue", "large", "plain", 66, 40, 32)), 9
+)
+
+
+@pytest.fixture(scope="module")
+def red_circle(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    render(RED_CIRCLE).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_they_are_small_and_documented(name) -> None:
+    folder = Path(resolve_checkpoint(name))
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(files.values()) < MEGABYTES * 1e6
+    assert {"config.json", "README.md"} <= files.keys()
+    assert "shapes" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["blip2-tiny-opt", "blip2-tiny-t5"])
+def test_captions_say_what_is_there(name) -> None:
+    scenes = [RED_CIRCLE, BLUE_STAR, BOTH]
+    results = pipeline("image-to-text", model=name)([render(scene) for scene in scenes], prompt="a photo of")
+    captions = [result[0]["generated_text"] for result in results]
+    for caption, scene in zip(captions, scenes, strict=True):
+        assert check_caption(caption, scene).true, (caption, scene)
+    assert {"red", "circle"} <= set(captions[0].split()) and {"blue", "star"} <= set(captions[1].split())
+
+
+@pytest.mark.parametrize("name", ["blip2-tiny-opt", "blip2-tiny-t5"])
+def test_answers_follow_the_picture(name) -> None:
+    ask = pipeline("visual-question-answering", model=name)
+    questions = ["what color is the large object?", "how many objects are there?", "is there a circle?"]
+    answers = [[best[0]["answer"] for best in ask(render(scene), questions)] for scene in (RED_CIRCLE, BLUE_STAR, BOTH)]
+    assert answers == [["red", "one", "yes"], ["blue", "one", "no"], ["blue", "two", "yes"]]
+
+
+def test_texts_match_their_pictures() -> None:
+    model = Blip2ForImageTextRetrieval.from_pretrained("blip2-tiny-itm").eval()
+    processor = Blip2Processor.from_pretrained("blip2-tiny-itm")
+    texts = [
+        "there is a large plain red circle in the middle",
+        "there is a large striped blue star in the middle",
+        "a small plain red circle on the left and a large plain blue star",
+    ]
+    pixels = processor(images=[render(scene) for scene in (RED_CIRCLE, BLUE_STAR, BOTH)], return_tensors="pt")
+    words = processor(text=texts, return_tensors="pt")
+    with torch.no_grad():
+        encoded = model.encode_image(**pixels)
+        cosines = model(image_embeds=encoded, **words).logits_per_text
+        probabilities = model.match_matrix(encoded, **words).softmax(dim=-1)[..., 1].t()
+    assert cosines.argmax(dim=1).tolist() == probabilities.argmax(dim=1).tolist() == [0, 1, 2]
+    assert (probabilities.diagonal() > 0.5).all() and (
+        probabilities.diagonal().min() > probabilities.fill_diagonal_(0).max()
+    )
+
+
+def test_commands_use_them(red_circle, capsys) -> None:
+    texts = [f"there is a large plain {thing} in the middle" for thing in ("blue star", "red circle")]
+    for arguments in (["caption"], ["ask", "what color is the circle?"], ["match", *texts]):
+        assert main([arguments[0], red_circle, *arguments[1:]]) == 0
+    printed = capsys.readouterr()
+    caption, answer, _, star, circle = printed.out.splitlines()
+    assert {"red", "circle"} <= set(caption.split()) and answer == "red"
+    assert float(circle.split()[1]) > float(star.split()[1])
+    assert len(printed.err.splitlines()) == 3 and "--model blip2-opt-2.7b" in printed.err
+
+
+def test_the_demo_is_mostly_right(monkeypatch, tmp_path, capsys) -> None:
+    demo = example("demo", monkeypatch)
+    assert demo.main(["--seed", "1", "--output", str(tmp_path)]) == 0
+    found = re.findall(r"^ *(\d+) of \d+  (.+)$", capsys.readouterr().out, re.MULTILINE)
+    counts = {label: int(number) for number, label in found}
+    assert counts["captions wholly true"] >= 4 and counts["answers right"] >= 16
+    assert counts["pictures found by ITC"] >= 4 and counts["pictures found by ITM"] == 5
