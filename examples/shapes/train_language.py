@@ -40,6 +40,7 @@ TRAINING: dict[str, dict[str, float]] = {
 }
 _TOKENIZER_DOCUMENTS = 20_000
 _LONGEST_ANSWER = 8  # tokens
+_WAVES = 0.03  # amplitude
 # Embeddings have spare rows, as those of OPT and T5: one is that of BLIP-2's image placeholder.
 _ROWS_MULTIPLE = 64
 
@@ -74,7 +75,17 @@ def language_model(size: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         bos_token_id=tokenizer.bos_token_id,
         **ids,
     )
-    return OPTForCausalLM(config)
+    model = OPTForCausalLM(config)
+    # Places that are alike at the start when they are near: to look one token back is then soon learned.
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight.copy_(_waves(POSITIONS + 2, SIZES[size]["hidden_size"]))
+    return model
+
+
+def _waves(places: int, width: int) -> torch.Tensor:
+    """Sinusoids of all wavelengths [places, width], small as the other embeddings at the start."""
+    angles = torch.arange(places)[:, None] * torch.logspace(0, -3, width // 2)
+    return _WAVES * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def read_corpus(path: str) -> list[str]:
