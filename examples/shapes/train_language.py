@@ -40,7 +40,6 @@ TRAINING: dict[str, dict[str, float]] = {
 }
 _TOKENIZER_DOCUMENTS = 20_000
 _LONGEST_ANSWER = 8  # tokens
-_WAVES = 0.03  # amplitude
 # Embeddings have spare rows, as those of OPT and T5: one is that of BLIP-2's image placeholder.
 _ROWS_MULTIPLE = 64
 
@@ -65,6 +64,8 @@ def language_model(size: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         with torch.no_grad():
             model.lm_head.weight.mul_(config.d_model**-0.5)
         return model
+    # OPT's own start, 0.02, is for wide models: in narrow ones nothing is looked up for thousands of steps.
+    start = SIZES[size]["hidden_size"] ** -0.5
     config = OPTConfig(
         **SIZES[size],
         vocab_size=rows,
@@ -72,20 +73,21 @@ def language_model(size: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         max_position_embeddings=POSITIONS,
         dropout=0.0,
         attention_dropout=0.0,
+        init_std=start,
         bos_token_id=tokenizer.bos_token_id,
         **ids,
     )
     model = OPTForCausalLM(config)
     # Places that are alike at the start when they are near: to look one token back is then soon learned.
     with torch.no_grad():
-        model.model.decoder.embed_positions.weight.copy_(_waves(POSITIONS + 2, SIZES[size]["hidden_size"]))
+        model.model.decoder.embed_positions.weight.copy_(start * _waves(POSITIONS + 2, SIZES[size]["hidden_size"]))
     return model
 
 
 def _waves(places: int, width: int) -> torch.Tensor:
-    """Sinusoids of all wavelengths [places, width], small as the other embeddings at the start."""
+    """Sinusoids of all wavelengths [places, width]."""
     angles = torch.arange(places)[:, None] * torch.logspace(0, -3, width // 2)
-    return _WAVES * torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def read_corpus(path: str) -> list[str]:
