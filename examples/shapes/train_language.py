@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
 TRAINING: dict[str, dict[str, float]] = {
     "opt-base": {"steps": 8000, "batch_size": 32, "learning_rate": 2e-3, "warmup": 400},
     "opt-small": {"steps": 8000, "batch_size": 32, "learning_rate": 3e-3, "warmup": 400},
-    "t5": {"steps": 8000, "batch_size": 32, "learning_rate": 2e-3, "warmup": 400},
+    "t5": {"steps": 12000, "batch_size": 32, "learning_rate": 7e-4, "warmup": 400},
 }
 _TOKENIZER_DOCUMENTS = 20_000
 _LONGEST_ANSWER = 8  # tokens
