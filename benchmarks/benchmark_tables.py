@@ -120,7 +120,15 @@ def stage1_whole(results: Results) -> str:
         results,
         "stage1_step",
         ("batch", "tower"),
-        ("B", "tower", "samples per second", "to the paper's rate per GPU", "MFU", "GFLOP per sample", "peak GB in all"),
+        (
+            "B",
+            "tower",
+            "samples per second",
+            "to the paper's rate per GPU",
+            "MFU",
+            "GFLOP per sample",
+            "peak GB in all",
+        ),
         lambda row: (
             f"{row['batch']}{' (largest)' if row.get('largest_batch') else ''}",
             row["tower"],

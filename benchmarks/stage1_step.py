@@ -244,8 +244,11 @@ def measure(model: blip2_hf.Blip2ForImageTextRetrieval, batch: int, args: argpar
     }
     if not args.flops_only:
         theirs = {name: lambda name=name: case.theirs(attention=name) for name in KERNELS}
-        tried = {name: [seconds(lambda: case.step(theirs[name]), args.device) for _ in range(2)] for name in KERNELS}
-        kernel = min(tried, key=lambda name: min(tried[name]))
+
+        def tried(name: str) -> float:
+            return min(seconds(lambda: case.step(theirs[name]), args.device) for _ in range(2))
+
+        kernel = min(KERNELS, key=tried)
         forwards = {"ours": case.ours, "theirs": theirs[kernel]}
         runs = {name: lambda forward=forward: case.step(forward) for name, forward in forwards.items()}
         times = in_turns(runs, args.repeats, args.device)

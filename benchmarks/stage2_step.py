@@ -15,11 +15,11 @@ the frozen parts are held in it, the rest in float32 under autocast.
 
 One JSON line per model and batch size. `time_ratio`: median of their time over ours, round by round; `cpu_time_ratio`:
 likewise of the process's own time, which others on the machine disturb less; `held_mb`: weights and optimiser state
-(on the CPU: the process); `peak_mb`: what a step needs beyond that; `saved_mb`: what autograd keeps of the forward pass for the backward, by count;
-`gflop_forward`: of `counted_batch` rows, by part of the model; `gflop_step_per_sample`: forward and backward;
-`flop_share`: ours over theirs; `mfu`: share of the device's peak with the operations of ours, in half precision on cuda.
-With `--largest`, a last line per model says which batches (multiples of 16) fit. A batch that does not is said to be
-`out_of_memory`.
+(on the CPU: the process); `peak_mb`: what a step needs beyond that; `saved_mb`: what autograd keeps of the forward pass
+for the backward, by count; `gflop_forward`: of `counted_batch` rows, by part of the model; `gflop_step_per_sample`:
+forward and backward; `flop_share`: ours over theirs; `mfu`: share of the device's peak with the operations of ours, in
+half precision on cuda. With `--largest`, a last line per model says which batches (multiples of 16) fit. A batch that
+does not is said to be `out_of_memory`.
 """
 
 from __future__ import annotations
