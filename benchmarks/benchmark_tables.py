@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from benchmark_cells import BOTH, MISSING, each, ratio_of, short, simple
 from benchmark_results import Results, Row
+from profile_table import profile
 
 LANGUAGE_MODELS = {
     "opt": "OPT, 24 layers x 1024",
@@ -397,5 +398,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "processor": processor,
     "folder": folder,
     "conversion": conversion,
+    "profile": profile,
     "numbers": numbers,
 }

@@ -35,7 +35,7 @@ from collections.abc import Iterator
 
 import torch
 from common import add_arguments, compared, emit, flops, held_bytes, in_turns, peak_mb, randomise, setting
-from stage2_models import config_of, ours as released, theirs as around
+from stage2_models import adopt, config_of, ours as released, theirs as around
 from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, T5Config
 from transformers.initialization import no_init_weights
@@ -89,7 +89,7 @@ def language_config(family: str, small: bool):
 
 
 def build_pair(family: str, large_tower: bool, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """`transformers`' model and ours on the same tensors, in float32."""
+    """`transformers`' model and ours on the same parameter objects, in float32."""
     if family in RELEASED:
         config = config_of(family, "small" if args.small else "full")
         config.text_config.eos_token_id = END
@@ -111,7 +111,7 @@ def build_pair(family: str, large_tower: bool, args: argparse.Namespace) -> dict
     theirs = sharpened(randomise(theirs.to(args.device)))
     with torch.device("meta"):
         ours = blip2_hf.Blip2ForConditionalGeneration(blip2_hf.Blip2Config.from_dict(config.to_dict()))
-    ours.load_state_dict(theirs.state_dict(), assign=True)
+    adopt(ours, theirs)
     buffers = dict(theirs.named_buffers())
     for name, _ in list(ours.named_buffers()):
         owner, _, leaf = name.rpartition(".")

@@ -38,7 +38,7 @@ class Benchmark:
 
     @property
     def name(self) -> str:
-        return self.script.replace("_", "-")
+        return self.script.removesuffix("_cases").replace("_", "-")  # (a script called profile would hide Python's)
 
     def command(self, *, quick: bool, threads: int | None) -> list[str]:
         options = (self.quick if quick else self.options) or ""
@@ -76,6 +76,7 @@ BENCHMARKS = (
     Benchmark("stage2_step", "cpu", "--batch-sizes 2 --repeats 7", "--small --repeats 1 --batch-sizes 2 --largest 16"),
     Benchmark("retrieval", "cpu", "--repeats 3 --k 32 128", FEW_PAIRS),
     Benchmark("folder", "cpu", quick="--small --repeats 1 --photos 1MP --images 4 --batch-size 2"),
+    Benchmark("profile_cases", "cpu"),
     Benchmark("generation", "cuda", f"{ALL_ANSWERS} --models opt t5 t5-large"),
     Benchmark("generation", "cuda", f"{ALL_ANSWERS} --models opt t5 t5-large --dtype bfloat16", None),
     Benchmark("generation", "cuda", FULL_ANSWERS, FEW_ANSWERS),
@@ -86,6 +87,7 @@ BENCHMARKS = (
     Benchmark("retrieval", "cuda", "--repeats 3 --k 32 128", FEW_PAIRS),
     Benchmark("retrieval", "cuda", "--repeats 3 --k 128 --dtype bfloat16", f"{FEW_PAIRS} --dtype bfloat16"),
     Benchmark("folder", "cuda", "--dtype float16", "--small --repeats 1 --photos 1MP --images 4 --batch-size 2"),
+    Benchmark("profile_cases", "cuda", "--dtype bfloat16"),
 )
 
 
