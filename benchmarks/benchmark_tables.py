@@ -41,7 +41,7 @@ def generation(results: Results) -> str:
             *(each(row[field]) for field in ("seconds", "gflop", "peak_mb")),
         ),
         needs=("time_ratio",),
-        where=lambda row: row["language_model"] in LANGUAGE_MODELS,
+        where=lambda row: row["language_model"] in LANGUAGE_MODELS and row.get("compiled") in (None, "no"),
         order=in_order,
     )
 
@@ -53,12 +53,23 @@ def throughput(results: Results) -> str:
     return simple(
         results,
         "generation",
-        ("language_model", "case", "rows"),
-        ("model", "task", "B", "answers per second", "time ratio", "FLOP ratio", "same answers", "peak GB in all"),
+        ("language_model", "case", "rows", "compiled"),
+        (
+            "model",
+            "task",
+            "B",
+            "ours compiled",
+            "answers per second",
+            "time ratio",
+            "FLOP ratio",
+            "same answers",
+            "peak GB in all",
+        ),
         lambda row: (
             f"`{row['language_model']}`",
             ANSWERS[row["case"]],
             str(row["rows"]),
+            row["compiled"],
             each(per_second(row)),
             ratio_of(row),
             f"{row['flop_ratio']:.2f}",
@@ -67,7 +78,12 @@ def throughput(results: Results) -> str:
         ),
         needs=("time_ratio", "identical_rows"),
         where=lambda row: row["language_model"] not in LANGUAGE_MODELS,
-        order=lambda row: (row["language_model"], list(ANSWERS).index(row["case"]), row["rows"]),
+        order=lambda row: (
+            row["language_model"],
+            list(ANSWERS).index(row["case"]),
+            row["rows"],
+            row["compiled"] != "no",
+        ),
     )
 
 
@@ -349,7 +365,7 @@ def numbers(results: Results) -> str:
 
     def newest(benchmark: str, *case: str, needs: Sequence[str] = (), **values: object) -> list[Row]:
         def wanted(row: Row) -> bool:
-            plain = row.setting.get("dtype") in (None, "float32")
+            plain = row.setting.get("dtype") in (None, "float32") and row.get("compiled") in (None, "no")
             return plain and all(row.get(name) == value for name, value in values.items())
 
         return results.newest(benchmark, "cpu", case, needs, wanted)

@@ -14,6 +14,7 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20
     "4090": 165,
 }
 STEP, MOST = 16, 4096
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile; the second: as CUDA graphs
 
 
 def peak_flops(args: argparse.Namespace) -> float | None:

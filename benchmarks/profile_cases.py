@@ -73,7 +73,7 @@ def stage2(args: argparse.Namespace, name: str) -> Case:
     config = stage2_models.config_of(name, "small" if args.small else "full" if full else "reduced")
     model = stage2_models.ours(config, args.device, getattr(torch, args.dtype))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=full or None)
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=True)
     case = stage2_step.Case({"ours": model}, optimizer, 64 if full and not args.small else 2, args)
     yield lambda: case.step("ours")
 

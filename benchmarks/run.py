@@ -54,7 +54,8 @@ FULL_STEP = (
     "--dtype bfloat16 --batch-sizes 64 --largest 1024 --models blip2-opt-2.7b blip2-flan-t5-xl blip2-flan-t5-xxl"
 )
 FULL_ANSWERS = (
-    "--dtype bfloat16 --cases vqa-short vqa caption --batch-sizes 8 64 --models blip2-opt-2.7b blip2-flan-t5-xl"
+    "--dtype bfloat16 --cases vqa-short vqa caption --batch-sizes 8 64 --models blip2-opt-2.7b blip2-flan-t5-xl "
+    "--compile default"
 )
 FEW_ANSWERS = "--small --repeats 1 --dtype bfloat16 --cases caption --batch-sizes 2 --models blip2-opt-2.7b"
 WHOLE_STEP = "--small --repeats 1 --whole --dtype bfloat16 --batch-sizes 8 --largest 16"

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import torch
 from common import add_arguments, compared, emit, flops, in_turns, peak_mb, randomise, seconds, setting
+from limits import MODES
 from original_stage1 import KERNELS, OriginalStage1
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -275,8 +276,7 @@ def main() -> None:
     parser.add_argument("--flops-only", action="store_true", help="compare and count, without timing")
     parser.add_argument("--whole", action="store_true", help="time the whole step of ours, with ViT-g and optimiser")
     parser.add_argument("--largest", type=int, metavar="MOST", help="with --whole: look for the largest batch up to it")
-    modes = ("default", "reduce-overhead", "max-autotune")
-    parser.add_argument("--compile", choices=modes, help="with --whole: once more with the tower compiled")
+    parser.add_argument("--compile", choices=MODES, help="with --whole: once more with the tower compiled")
     parser.add_argument("--peak-tflops", type=float, help="with --whole: of the device, if it is not a known one")
     args = parser.parse_args()
     emit({"benchmark": "stage1_step", "whole": args.whole, "caption_lengths": CAPTION_LENGTHS, **setting(args)})

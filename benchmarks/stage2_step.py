@@ -4,8 +4,8 @@
     python benchmarks/stage2_step.py --device cuda --dtype bfloat16 --batch-sizes 64 --largest 1024 \\
         --models blip2-opt-2.7b blip2-flan-t5-xl blip2-flan-t5-xxl
 
-Frozen tower and language model (no dropout), forward, backward, AdamW on what is trained; random weights, random
-pictures, captions of `stage1_step.CAPTION_LENGTHS` tokens padded to the longest. The peer is
+Frozen tower and language model (no dropout), forward, backward, AdamW (fused, Trainer's default) on what is trained;
+random weights, random pictures, captions of `stage1_step.CAPTION_LENGTHS` tokens padded to the longest. The peer is
 `transformers.Blip2ForConditionalGeneration` around the very same parameters, the frozen ones with
 `requires_grad=False`. Losses must be equal, and the gradients of everything trained (in half precision as a whole).
 
@@ -252,7 +252,7 @@ def main() -> None:
         model = ours(config_of(name, size), args.device, getattr(torch, args.dtype))
         models = {"ours": model, "theirs": theirs(model)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=cuda or None)
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=True)
         gflop, record = counted(models, optimizer, args)
         for rows in args.batch_sizes or ((64,) if cuda else (8,)):
             emit(measured(models, optimizer, name, rows, gflop, args) | record)

@@ -50,7 +50,7 @@ class WholeStep:
         self.model.vision_model.post_layernorm.float()
         self.model.train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=self.device == "cuda" or None)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=True)
         # As Trainer does for float16: without it, small gradients would be lost.
         self.scaler = torch.amp.GradScaler(self.device, enabled=args.dtype == "float16")
 
