@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from benchmark_cells import BOTH, MISSING, each, ratio_of, short, simple
 from benchmark_results import Results, Row
+from profile_table import profile
 
 LANGUAGE_MODELS = {
     "opt": "OPT, 24 layers x 1024",
@@ -40,8 +41,60 @@ def generation(results: Results) -> str:
             *(each(row[field]) for field in ("seconds", "gflop", "peak_mb")),
         ),
         needs=("time_ratio",),
+        where=lambda row: row["language_model"] in LANGUAGE_MODELS and row.get("compiled") in (None, "no"),
         order=in_order,
     )
+
+
+def throughput(results: Results) -> str:
+    def per_second(row: Row) -> dict[str, float]:
+        return {who: round(row["rows"] / taken, 3) for who, taken in row["seconds"].items()}
+
+    return simple(
+        results,
+        "generation",
+        ("language_model", "case", "rows", "compiled"),
+        (
+            "model",
+            "task",
+            "B",
+            "ours compiled",
+            "answers per second",
+            "time ratio",
+            "FLOP ratio",
+            "same answers",
+            "peak GB in all",
+        ),
+        lambda row: (
+            f"`{row['language_model']}`",
+            ANSWERS[row["case"]],
+            str(row["rows"]),
+            row["compiled"],
+            each(per_second(row)),
+            ratio_of(row),
+            f"{row['flop_ratio']:.2f}",
+            f"{100 * row['identical_rows']:.0f} %",
+            in_all(row),
+        ),
+        needs=("time_ratio", "identical_rows"),
+        where=lambda row: row["language_model"] not in LANGUAGE_MODELS,
+        order=lambda row: (
+            row["language_model"],
+            list(ANSWERS).index(row["case"]),
+            row["rows"],
+            row["compiled"] != "no",
+        ),
+    )
+
+
+def in_all(row: Row) -> str:
+    """Peak memory in GiB with what was held before, where both were recorded."""
+    held, peak = row.get("held_mb"), row.get("peak_mb")
+    if held is None or peak is None or (isinstance(peak, dict) and None in peak.values()):
+        return "–"
+    if isinstance(peak, dict):
+        return each({who: round((held + value) / 1024, 1) for who, value in peak.items()})
+    return short(round((held + peak) / 1024, 1))
 
 
 def stage1_step(results: Results) -> str:
@@ -83,15 +136,24 @@ def stage1_whole(results: Results) -> str:
     return simple(
         results,
         "stage1_step",
-        ("batch",),
-        ("B", "samples per second", "to the paper's rate per GPU", "MFU", "GFLOP per sample", "peak MB"),
+        ("batch", "tower"),
+        (
+            "B",
+            "tower",
+            "samples per second",
+            "to the paper's rate per GPU",
+            "MFU",
+            "GFLOP per sample",
+            "peak GB in all",
+        ),
         lambda row: (
-            str(row["batch"]),
+            f"{row['batch']}{' (largest)' if row.get('largest_batch') else ''}",
+            row["tower"],
             *(short(row.get(name)) for name in ("samples_per_second", "paper_ratio", "mfu", "gflop_per_sample")),
-            short(row.get("peak_mb")),
+            in_all(row),
         ),
         needs=("paper_ratio",),
-        order=lambda row: row["batch"],
+        order=lambda row: (row["batch"], row["tower"] != "eager"),
     )
 
 
@@ -135,7 +197,7 @@ def stage2_step(results: Results) -> str:
         "stage2_step",
         ("model", "size", "batch"),
         ("like", "size", "B", "time ratio", "share of FLOPs", "GFLOP per sample and step", "samples per second", "MFU")
-        + ("kept for the backward pass MB", "peak MB beyond weights"),
+        + ("kept for the backward pass MB", "peak MB beyond weights", "peak GB in all"),
         lambda row: (
             f"`{row['model']}`",
             row["size"],
@@ -146,8 +208,20 @@ def stage2_step(results: Results) -> str:
             each(row["samples_per_second"]),
             short(row.get("mfu")),
             *(each(row[field]) for field in ("saved_mb", "peak_mb")),
+            in_all(row),
         ),
         needs=("time_ratio", "gflop_step_per_sample"),
+    )
+
+
+def stage2_largest(results: Results) -> str:
+    return simple(
+        results,
+        "stage2_step",
+        ("model", "size"),
+        ("model", "size", "largest B, ours / theirs"),
+        lambda row: (f"`{row['model']}`", row["size"], each(row["largest_batch"])),
+        needs=("largest_batch",),
     )
 
 
@@ -291,7 +365,7 @@ def numbers(results: Results) -> str:
 
     def newest(benchmark: str, *case: str, needs: Sequence[str] = (), **values: object) -> list[Row]:
         def wanted(row: Row) -> bool:
-            plain = row.setting.get("dtype") in (None, "float32")
+            plain = row.setting.get("dtype") in (None, "float32") and row.get("compiled") in (None, "no")
             return plain and all(row.get(name) == value for name, value in values.items())
 
         return results.newest(benchmark, "cpu", case, needs, wanted)
@@ -325,12 +399,14 @@ def numbers(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "generation": generation,
+    "throughput": throughput,
     "stage1-step": stage1_step,
     "stage1-passes": stage1_passes,
     "stage1-whole": stage1_whole,
     "stage2-counts": stage2_counts,
     "stage2-finetuning": stage2_finetuning,
     "stage2-step": stage2_step,
+    "stage2-largest": stage2_largest,
     "retrieval-counts": retrieval_counts,
     "retrieval-times": retrieval_times,
     "augmentation": augmentation,
@@ -338,5 +414,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "processor": processor,
     "folder": folder,
     "conversion": conversion,
+    "profile": profile,
     "numbers": numbers,
 }
