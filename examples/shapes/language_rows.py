@@ -28,6 +28,9 @@ _REST = re.compile(rf"(?:^| )(Question: |{CAPTION_PROMPT} )")
 # lose their prompt; decoder-only rows that have a start token behind the description; of these, rows whose description
 # and questions are learned, too (they are mostly chance).
 _BLIND, _BARE, _SEPARATED, _ALL_LEARNED = 0.1, 0.5, 0.9, 0.2
+# Of those with a caption: the caption itself takes the place of the description. To say again what was read is a skill
+# that large language models have, and that queries can rely on.
+_REPEATED = 0.6
 # Encoder-decoder: documents that are cut before any of their words.
 _CUT_ANYWHERE = 0.15
 _POOL = 16  # batches whose documents are sorted by length
@@ -57,6 +60,11 @@ class Document:
             return cls(description, tuple((turn[1], turn[2]) for turn in _TURN.finditer(rest)))
         return cls(description, caption=rest.removeprefix(CAPTION_PROMPT).lstrip())
 
+    def repeated(self) -> Document:
+        """One whose caption, if it has any, is its description, too."""
+        text = self.description if self.caption is None else self.caption
+        return self if self.turns else Document(text, caption=text)
+
     def rest(self) -> str:
         """What stands behind the description."""
         return "".join(text for text, _ in self.rest_parts())
@@ -80,6 +88,7 @@ class Document:
 
 def decoder_row(document: Document, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> tuple[list, list]:
     """Ids and labels of a row that ends with a line break."""
+    document = document.repeated() if rng.random() < _REPEATED else document
     parts = document.rest_parts(prompted=rng.random() >= _BARE)
     blind, separated, all_learned = (rng.random(3) < (_BLIND, _SEPARATED, _ALL_LEARNED)).tolist()
     start = tokenizer("")["input_ids"]
@@ -113,6 +122,7 @@ def decoder_batch(rows: Sequence[tuple[list, list]], pad: int) -> dict[str, torc
 
 def seq2seq_texts(document: Document, rng: np.random.Generator) -> tuple[str, str]:
     """What the encoder reads and what the decoder writes."""
+    document = document.repeated() if rng.random() < _REPEATED else document
     before = "" if rng.random() < _BLIND else document.description
     if not document.rest() or rng.random() < _CUT_ANYWHERE:
         return _cut(f"{document.description} {document.rest()}".strip(), rng)

@@ -34,9 +34,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 128, "d_kv": 32, "d_ff": 320, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4},
 }
 TRAINING: dict[str, dict[str, float]] = {
-    "opt-base": {"steps": 16000, "batch_size": 32, "learning_rate": 1e-3, "warmup": 400},
-    "opt-small": {"steps": 8000, "batch_size": 32, "learning_rate": 3e-3, "warmup": 400},
-    "t5": {"steps": 12000, "batch_size": 32, "learning_rate": 7e-4, "warmup": 400},
+    "opt-base": {"steps": 7000, "batch_size": 32, "learning_rate": 1e-3, "warmup": 400},
+    "opt-small": {"steps": 7000, "batch_size": 32, "learning_rate": 2e-3, "warmup": 400},
+    "t5": {"steps": 7000, "batch_size": 32, "learning_rate": 7e-4, "warmup": 400},
 }
 _TOKENIZER_DOCUMENTS = 20_000
 _LONGEST_ANSWER = 8  # tokens
