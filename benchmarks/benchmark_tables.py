@@ -290,16 +290,37 @@ def loading(results: Results) -> str:
     return simple(
         results,
         "loading",
-        ("family", "load_as"),
-        ("load as", "seconds of `from_pretrained`", "until every weight was read", "time ratio of that")
-        + ("importing the class", "peak memory over file size"),
+        ("family", "stored_as", "load_as"),
+        ("file", "model", "seconds of `from_pretrained`", "until every weight was read", "time ratio of that")
+        + ("peak memory over weights", "without mapped pages"),
         lambda row: (
+            row["stored_as"],
             row["load_as"],
             *(each(row[field], show=lambda value: f"{value:.2f}") for field in ("seconds", "ready_seconds")),
             ratio_of(row),
-            *(each(row[field], show=lambda value: f"{value:.2f}") for field in ("import_seconds", "peak_over_file")),
+            *(
+                each(row[field], show=lambda value: f"{value:.2f}")
+                for field in ("peak_over_weights", "anonymous_over_weights")
+            ),
         ),
-        order=lambda row: (row["family"], precisions.index(row["load_as"])),
+        order=lambda row: (row["family"], *(precisions.index(row[field]) for field in ("stored_as", "load_as"))),
+    )
+
+
+def importing(results: Results) -> str:
+    parts = ("ours", "theirs", "base", "torch")
+    return simple(
+        results,
+        "loading",
+        ("imported",),
+        ("class", "ratio of CPU time", "with a collection behind it", "CPU seconds", "seconds", "modules"),
+        lambda row: (
+            f"`{row['imported']}`",
+            ratio_of(row),
+            f"{row['collected_ratio']:.2f}",
+            *(each(row[field], parts, show=lambda value: f"{value:.2f}") for field in ("cpu_seconds", "seconds")),
+            each(row["modules"], parts),
+        ),
     )
 
 
@@ -385,10 +406,13 @@ def numbers(results: Results) -> str:
         pixels = "every pixel decoded" if row["exact"] else "default"
         what = f"12-megapixel JPEG files to pixel values, 4 at a time, {pixels}"
         lines.append((what, f"{row['time_ratio']:.1f}x in time", row))
-    for row in newest("loading", "family", "load_as"):
-        value = f"{row['time_ratio']:.1f}x in time, memory {short(row['peak_over_file']['ours'])}x the file"
-        value += f" (theirs {short(row['peak_over_file']['theirs'])}x)"
-        lines.append((f"`from_pretrained` of {row['file_mb'] / 1024:.1f} GiB as {row['load_as']}", value, row))
+    for row in newest("loading", "family", "stored_as", "load_as"):
+        value = f"{row['time_ratio']:.1f}x in time, memory {row['peak_over_weights']['ours']:.2f}x the weights"
+        value += f" (theirs {row['peak_over_weights']['theirs']:.2f}x)"
+        what = f"`from_pretrained` of {row['file_mb'] / 1024:.1f} GiB of {row['stored_as']} as {row['load_as']}"
+        lines.append((what, value, row))
+    for row in newest("loading", "imported"):
+        lines.append((f"importing `{row['imported']}`", f"{row['time_ratio']:.1f}x in CPU time", row))
     if not lines:
         return MISSING
     head = ["| what, on CPU cores | ratio | measured | threads |", "|---|---|---|---|"]
@@ -411,6 +435,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "retrieval-times": retrieval_times,
     "augmentation": augmentation,
     "loading": loading,
+    "importing": importing,
     "processor": processor,
     "folder": folder,
     "conversion": conversion,
