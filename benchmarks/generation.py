@@ -1,7 +1,8 @@
 """Questions and captions with beam search: ours against the installed `transformers`, the same weights and tokens.
 
     python benchmarks/generation.py [--device cpu|cuda] [--dtype float32] [--repeats 5] [--threads 2] [--small]
-                                    [--cases vqa-short vqa caption questions] [--models opt t5]
+                                    [--cases vqa-short vqa caption questions] [--models opt t5 t5-large]
+                                    [--no-onednn]
 
 Cases, all with beam 5 and 32 image tokens before the text:
 
@@ -19,7 +20,8 @@ means that from the third token on the end has probability 0.7, put there by a h
 Both run in turns in one process. One JSON line per case: `time_ratio` is the median of their time over ours, round by
 round, `flop_ratio` that of the floating point operations; `peak_mb` is what a run needs beyond weights and inputs;
 `positions` counts what the language model's layers computed (of an encoder-decoder: the decoder's). In float32 the
-tokens must be identical.
+tokens must be identical. Part of the time ratio, on processors by AMD, is that ours computes large layers with oneDNN
+(`blip2_hf.modeling.linears`): with `--no-onednn` it does not.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, 
 from transformers.initialization import no_init_weights
 
 import blip2_hf
+from blip2_hf.modeling.linears import onednn_is_faster
 
 QUERIES, BATCH, BEAMS = 32, 8, 5
 SMALL_SIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -223,8 +226,11 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--cases", nargs="+", default=["vqa-short", "vqa", "caption"], choices=CASES)
     parser.add_argument("--models", nargs="+", default=["opt", "t5"], choices=["opt", "t5", "t5-large"])
+    parser.add_argument("--no-onednn", action="store_true", help="ours uses torch's default matrix library, too")
     args = parser.parse_args()
-    emit({"benchmark": "generation", **setting(args)})
+    torch.backends.mkldnn.enabled = not args.no_onednn
+    onednn = args.device == "cpu" and not args.no_onednn and onednn_is_faster()
+    emit({"benchmark": "generation", **setting(args), "onednn": onednn})
     for family in args.models:
         for large_tower in (False, True):
             cases = [case for case in args.cases if (CASES[case][4] > 1) is large_tower]
