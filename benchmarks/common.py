@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import PIL
@@ -114,19 +114,30 @@ def compared(times: dict[str, list[float]], digits: int = 3) -> dict[str, object
 
 
 def flops(run: Callable[[], object], *models: nn.Module) -> int:
-    """Of one run, with eager attention in the models meanwhile: the counter does not see fused kernels on the CPU."""
+    """Of one run, with eager attention and torch's own products meanwhile: on the CPU the counter sees neither fused
+    kernels nor oneDNN's."""
     # One by one: in transformers 5.17 setting the whole leaves parts as they are that have a config of the same kind.
     parts = [part for model in models for part in model.modules() if isinstance(part, PreTrainedModel)]
     chosen = [part.config._attn_implementation for part in parts]
     for part in parts:
         part.set_attn_implementation("eager")
     try:
-        with FlopCounterMode(display=False) as counter:
+        with without_onednn(), FlopCounterMode(display=False) as counter:
             run()
     finally:
         for part, name in zip(parts, chosen, strict=True):
             part.set_attn_implementation(name)
     return counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """What blip2_hf (and torch itself, for convolutions) would compute with oneDNN is computed without."""
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:

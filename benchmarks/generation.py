@@ -1,7 +1,8 @@
 """Questions and captions with beam search: ours against the installed `transformers`, the same weights and tokens.
 
     python benchmarks/generation.py [--device cpu|cuda] [--dtype float32] [--repeats 5] [--threads 2] [--small]
-                                    [--cases vqa-short vqa caption questions] [--models opt t5]
+                                    [--cases vqa-short vqa caption questions] [--models opt t5 t5-large]
+                                    [--no-onednn]
     python benchmarks/generation.py --device cuda --dtype bfloat16 --batch-sizes 8 64 --cases vqa-short caption \\
         --models blip2-opt-2.7b blip2-flan-t5-xl
 
@@ -26,6 +27,8 @@ tokens must be identical; a half-precision run looks at that first, in float32 w
 `identical_rows_float32`, at least 0.75), and says which share of its own rows is identical (`identical_rows`: products
 are rounded otherwise in batches of another shape). `--compile` measures everything once more with our language model
 under torch.compile (for shapes of any size: rows leave, and keys are added at every step).
+Part of the time ratio, on processors by AMD, is that ours computes large layers with oneDNN
+(`blip2_hf.modeling.linears`): with `--no-onednn` it does not.
 """
 
 import argparse
@@ -45,6 +48,7 @@ from transformers.initialization import no_init_weights
 
 import blip2_hf
 from blip2_hf.checkpoints import CHECKPOINTS
+from blip2_hf.modeling.linears import onednn_is_faster
 
 QUERIES, BATCH, BEAMS = 32, 8, 5
 SMALL_SIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -296,8 +300,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["opt", "t5"], choices=(*PLAIN, *RELEASED), metavar="MODEL")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[BATCH], help='rows, but of "questions"')
     parser.add_argument("--compile", choices=MODES, help="once more with the language model of ours compiled")
+    parser.add_argument("--no-onednn", action="store_true", help="ours uses torch's default matrix library, too")
     args = parser.parse_args()
-    emit({"benchmark": "generation", **setting(args)})
+    torch.backends.mkldnn.enabled = not args.no_onednn
+    onednn = args.device == "cpu" and not args.no_onednn and onednn_is_faster()
+    emit({"benchmark": "generation", **setting(args), "onednn": onednn})
     for family in args.models:
         for large_tower in (False, True):
             cases = [case for case in args.cases if (CASES[case][4] > 1) is large_tower]
