@@ -33,7 +33,7 @@ LANGUAGE_MODELS = {"opt": "opt-base", "opt-small": "opt-small", "t5": "t5"}
 # The findings compare runs that are shorter than the shipped ones.
 _FINDING_STEPS = {"stage1": 2000, "stage2": 2000, "vqa": 2000}
 FINDING_QUERIES = (4, 8, 32)
-# Re-ranked by ITM for each query; the paper's 128 of 5,000 images and more would be an eighth of these.
+# Re-ranked by ITM for each query: the paper's 128 would be an eighth of the 1,000 images.
 _CANDIDATES = 32
 # Of the runs of figure 5: so many checkpoints are kept and measured.
 _CURVE_POINTS = 8

@@ -12,7 +12,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import logits_process as processors
 
 from blip2_hf.modeling import beam_search as module
 from blip2_hf.modeling.beam_search import beam_search
@@ -275,26 +274,3 @@ def test_prompts_are_read_once_per_row_and_beams_are_one_sequence() -> None:
     model = language_model("t5", 0, 0.1)
     options |= prompts("t5", 3, 4)
     assert calls(model, **options, custom_generate=beam_search) == [(3, 1), (12, 1), (12, 1)]
-
-
-def recording(plain: Any, asked: list[int]) -> Any:
-    def call(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        asked.append(input_ids.shape[1])
-        return plain(self, input_ids, scores)
-
-    return call
-
-
-@pytest.mark.parametrize("options", [{"min_new_tokens": 3}, {"min_length": 7}])
-def test_processors_that_have_done_their_part_are_no_longer_asked(options: dict[str, int], monkeypatch) -> None:
-    """Those that keep texts from ending early: each copies all scores. Here from the fourth new token on."""
-    asked = []
-    for kind in (processors.MinLengthLogitsProcessor, processors.MinNewTokensLengthLogitsProcessor):
-        monkeypatch.setattr(kind, "__call__", recording(kind.__call__, asked))
-    options = {**prompts("opt", 3, 4), **SEARCH, **options, "length_penalty": 1.0}
-    model = ends_with(language_model("opt", 3, 0.3), 0.5)
-    expected, asked_plainly = model.generate(**options), max(asked)
-    asked.clear()
-    assert torch.equal(model.generate(**options, custom_generate=beam_search), expected)
-    assert sorted(set(asked)) == [4, 5, 6]
-    assert asked_plainly > 6

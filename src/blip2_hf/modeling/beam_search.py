@@ -25,7 +25,6 @@ from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerateBeamEncoderDecoderOutput,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -93,7 +92,6 @@ def beam_search(
     with shared_rows(model) if decoder.shares_rows else contextlib.nullcontext():
         while True:
             logits = logits.to(input_ids.device, torch.float32)
-            logits_processor = _without_done(logits_processor, state.length)
             scores = logits_processor(state.running_ids().flatten(0, 1), logits.log_softmax(dim=-1))
             all_logits = None if all_logits is None else (*all_logits, logits)
             all_scores = None if all_scores is None else (*all_scores, scores.clone())
@@ -309,18 +307,6 @@ class _Rows:
 def _pick(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Of [R, n, …] those at `index` [R, m] of each row: [R, m, …]."""
     return torch.take_along_dim(states, index.reshape(index.shape + (1,) * (states.ndim - 2)), dim=1)
-
-
-def _without_done(found: LogitsProcessorList, length: int) -> LogitsProcessorList:
-    """Without those that keep texts from ending early, once they are `length` long: each still copies all scores."""
-
-    def done(one: LogitsProcessor) -> bool:
-        if type(one) is processors.MinLengthLogitsProcessor:
-            return length >= one.min_length
-        is_for_new = type(one) is processors.MinNewTokensLengthLogitsProcessor
-        return is_for_new and length - one.prompt_length_to_skip >= one.min_new_tokens
-
-    return LogitsProcessorList(one for one in found if not done(one))
 
 
 def _all_in(found: list, known: frozenset) -> bool:
