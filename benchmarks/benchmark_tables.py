@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from benchmark_cells import BOTH, MISSING, each, ratio_of, short, simple
 from benchmark_results import Results, Row
+from profile_table import profile
 
 LANGUAGE_MODELS = {
     "opt": "OPT, 24 layers x 1024",
@@ -40,8 +41,60 @@ def generation(results: Results) -> str:
             *(each(row[field]) for field in ("seconds", "gflop", "peak_mb")),
         ),
         needs=("time_ratio",),
+        where=lambda row: row["language_model"] in LANGUAGE_MODELS and row.get("compiled") in (None, "no"),
         order=in_order,
     )
+
+
+def throughput(results: Results) -> str:
+    def per_second(row: Row) -> dict[str, float]:
+        return {who: round(row["rows"] / taken, 3) for who, taken in row["seconds"].items()}
+
+    return simple(
+        results,
+        "generation",
+        ("language_model", "case", "rows", "compiled"),
+        (
+            "model",
+            "task",
+            "B",
+            "ours compiled",
+            "answers per second",
+            "time ratio",
+            "FLOP ratio",
+            "same answers",
+            "peak GB in all",
+        ),
+        lambda row: (
+            f"`{row['language_model']}`",
+            ANSWERS[row["case"]],
+            str(row["rows"]),
+            row["compiled"],
+            each(per_second(row)),
+            ratio_of(row),
+            f"{row['flop_ratio']:.2f}",
+            f"{100 * row['identical_rows']:.0f} %",
+            in_all(row),
+        ),
+        needs=("time_ratio", "identical_rows"),
+        where=lambda row: row["language_model"] not in LANGUAGE_MODELS,
+        order=lambda row: (
+            row["language_model"],
+            list(ANSWERS).index(row["case"]),
+            row["rows"],
+            row["compiled"] != "no",
+        ),
+    )
+
+
+def in_all(row: Row) -> str:
+    """Peak memory in GiB with what was held before, where both were recorded."""
+    held, peak = row.get("held_mb"), row.get("peak_mb")
+    if held is None or peak is None or (isinstance(peak, dict) and None in peak.values()):
+        return "–"
+    if isinstance(peak, dict):
+        return each({who: round((held + value) / 1024, 1) for who, value in peak.items()})
+    return short(round((held + peak) / 1024, 1))
 
 
 def stage1_step(results: Results) -> str:
@@ -83,15 +136,24 @@ def stage1_whole(results: Results) -> str:
     return simple(
         results,
         "stage1_step",
-        ("batch",),
-        ("B", "samples per second", "to the paper's rate per GPU", "MFU", "GFLOP per sample", "peak MB"),
+        ("batch", "tower"),
+        (
+            "B",
+            "tower",
+            "samples per second",
+            "to the paper's rate per GPU",
+            "MFU",
+            "GFLOP per sample",
+            "peak GB in all",
+        ),
         lambda row: (
-            str(row["batch"]),
+            f"{row['batch']}{' (largest)' if row.get('largest_batch') else ''}",
+            row["tower"],
             *(short(row.get(name)) for name in ("samples_per_second", "paper_ratio", "mfu", "gflop_per_sample")),
-            short(row.get("peak_mb")),
+            in_all(row),
         ),
         needs=("paper_ratio",),
-        order=lambda row: row["batch"],
+        order=lambda row: (row["batch"], row["tower"] != "eager"),
     )
 
 
@@ -135,7 +197,7 @@ def stage2_step(results: Results) -> str:
         "stage2_step",
         ("model", "size", "batch"),
         ("like", "size", "B", "time ratio", "share of FLOPs", "GFLOP per sample and step", "samples per second", "MFU")
-        + ("kept for the backward pass MB", "peak MB beyond weights"),
+        + ("kept for the backward pass MB", "peak MB beyond weights", "peak GB in all"),
         lambda row: (
             f"`{row['model']}`",
             row["size"],
@@ -146,8 +208,20 @@ def stage2_step(results: Results) -> str:
             each(row["samples_per_second"]),
             short(row.get("mfu")),
             *(each(row[field]) for field in ("saved_mb", "peak_mb")),
+            in_all(row),
         ),
         needs=("time_ratio", "gflop_step_per_sample"),
+    )
+
+
+def stage2_largest(results: Results) -> str:
+    return simple(
+        results,
+        "stage2_step",
+        ("model", "size"),
+        ("model", "size", "largest B, ours / theirs"),
+        lambda row: (f"`{row['model']}`", row["size"], each(row["largest_batch"])),
+        needs=("largest_batch",),
     )
 
 
@@ -216,16 +290,37 @@ def loading(results: Results) -> str:
     return simple(
         results,
         "loading",
-        ("family", "load_as"),
-        ("load as", "seconds of `from_pretrained`", "until every weight was read", "time ratio of that")
-        + ("importing the class", "peak memory over file size"),
+        ("family", "stored_as", "load_as"),
+        ("file", "model", "seconds of `from_pretrained`", "until every weight was read", "time ratio of that")
+        + ("peak memory over weights", "without mapped pages"),
         lambda row: (
+            row["stored_as"],
             row["load_as"],
             *(each(row[field], show=lambda value: f"{value:.2f}") for field in ("seconds", "ready_seconds")),
             ratio_of(row),
-            *(each(row[field], show=lambda value: f"{value:.2f}") for field in ("import_seconds", "peak_over_file")),
+            *(
+                each(row[field], show=lambda value: f"{value:.2f}")
+                for field in ("peak_over_weights", "anonymous_over_weights")
+            ),
         ),
-        order=lambda row: (row["family"], precisions.index(row["load_as"])),
+        order=lambda row: (row["family"], *(precisions.index(row[field]) for field in ("stored_as", "load_as"))),
+    )
+
+
+def importing(results: Results) -> str:
+    parts = ("ours", "theirs", "base", "torch")
+    return simple(
+        results,
+        "loading",
+        ("imported",),
+        ("class", "ratio of CPU time", "with a collection behind it", "CPU seconds", "seconds", "modules"),
+        lambda row: (
+            f"`{row['imported']}`",
+            ratio_of(row),
+            f"{row['collected_ratio']:.2f}",
+            *(each(row[field], parts, show=lambda value: f"{value:.2f}") for field in ("cpu_seconds", "seconds")),
+            each(row["modules"], parts),
+        ),
     )
 
 
@@ -291,7 +386,7 @@ def numbers(results: Results) -> str:
 
     def newest(benchmark: str, *case: str, needs: Sequence[str] = (), **values: object) -> list[Row]:
         def wanted(row: Row) -> bool:
-            plain = row.setting.get("dtype") in (None, "float32")
+            plain = row.setting.get("dtype") in (None, "float32") and row.get("compiled") in (None, "no")
             return plain and all(row.get(name) == value for name, value in values.items())
 
         return results.newest(benchmark, "cpu", case, needs, wanted)
@@ -311,10 +406,13 @@ def numbers(results: Results) -> str:
         pixels = "every pixel decoded" if row["exact"] else "default"
         what = f"12-megapixel JPEG files to pixel values, 4 at a time, {pixels}"
         lines.append((what, f"{row['time_ratio']:.1f}x in time", row))
-    for row in newest("loading", "family", "load_as"):
-        value = f"{row['time_ratio']:.1f}x in time, memory {short(row['peak_over_file']['ours'])}x the file"
-        value += f" (theirs {short(row['peak_over_file']['theirs'])}x)"
-        lines.append((f"`from_pretrained` of {row['file_mb'] / 1024:.1f} GiB as {row['load_as']}", value, row))
+    for row in newest("loading", "family", "stored_as", "load_as"):
+        value = f"{row['time_ratio']:.1f}x in time, memory {row['peak_over_weights']['ours']:.2f}x the weights"
+        value += f" (theirs {row['peak_over_weights']['theirs']:.2f}x)"
+        what = f"`from_pretrained` of {row['file_mb'] / 1024:.1f} GiB of {row['stored_as']} as {row['load_as']}"
+        lines.append((what, value, row))
+    for row in newest("loading", "imported"):
+        lines.append((f"importing `{row['imported']}`", f"{row['time_ratio']:.1f}x in CPU time", row))
     if not lines:
         return MISSING
     head = ["| what, on CPU cores | ratio | measured | threads |", "|---|---|---|---|"]
@@ -325,18 +423,22 @@ def numbers(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "generation": generation,
+    "throughput": throughput,
     "stage1-step": stage1_step,
     "stage1-passes": stage1_passes,
     "stage1-whole": stage1_whole,
     "stage2-counts": stage2_counts,
     "stage2-finetuning": stage2_finetuning,
     "stage2-step": stage2_step,
+    "stage2-largest": stage2_largest,
     "retrieval-counts": retrieval_counts,
     "retrieval-times": retrieval_times,
     "augmentation": augmentation,
     "loading": loading,
+    "importing": importing,
     "processor": processor,
     "folder": folder,
     "conversion": conversion,
+    "profile": profile,
     "numbers": numbers,
 }

@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import PIL
@@ -23,6 +23,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_utils import PreTrainedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +51,8 @@ def setting(args: argparse.Namespace) -> dict[str, object]:
         torch.set_num_threads(args.threads)
     import blip2_hf  # here, as loading.py measures how long that takes
 
-    cuda = args.device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else name_of_processor(),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "repeats": args.repeats,
@@ -64,6 +64,15 @@ def setting(args: argparse.Namespace) -> dict[str, object]:
         "pillow": PIL.__version__,
         "blip2_hf": blip2_hf.__version__,
     }
+
+
+def name_of_processor() -> str:
+    """Its maker's name where the kernel tells (Linux), else the kind."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def emit(record: dict[str, object]) -> None:
@@ -105,17 +114,30 @@ def compared(times: dict[str, list[float]], digits: int = 3) -> dict[str, object
 
 
 def flops(run: Callable[[], object], *models: nn.Module) -> int:
-    """Of one run, with eager attention in the models meanwhile: the counter does not see fused kernels on the CPU."""
-    chosen = [model.config._attn_implementation for model in models]
-    for model in models:
-        model.set_attn_implementation("eager")
+    """Of one run, with eager attention and torch's own products meanwhile: on the CPU the counter sees neither fused
+    kernels nor oneDNN's."""
+    # One by one: in transformers 5.17 setting the whole leaves parts as they are that have a config of the same kind.
+    parts = [part for model in models for part in model.modules() if isinstance(part, PreTrainedModel)]
+    chosen = [part.config._attn_implementation for part in parts]
+    for part in parts:
+        part.set_attn_implementation("eager")
     try:
-        with FlopCounterMode(display=False) as counter:
+        with without_onednn(), FlopCounterMode(display=False) as counter:
             run()
     finally:
-        for model, name in zip(models, chosen, strict=True):
-            model.set_attn_implementation(name)
+        for part, name in zip(parts, chosen, strict=True):
+            part.set_attn_implementation(name)
     return counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """What blip2_hf (and torch itself, for convolutions) would compute with oneDNN is computed without."""
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
@@ -131,6 +153,13 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     before = memory_of_process("VmRSS")
     run()
     return memory_of_process("VmHWM") - before
+
+
+def held_bytes(device: str) -> int:
+    """Memory that is held now: on a GPU that of tensors, on the CPU that of the whole process (0 if unknown)."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return memory_of_process("VmRSS") if Path("/proc/self/status").exists() else 0
 
 
 def peak_mb(runs: dict[str, Callable[[], object]], device: str) -> dict[str, int | None]:
@@ -164,7 +193,7 @@ def synchronise(device: str) -> None:
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights as of a fresh model (matrices N(0, 0.02), norms 1, biases 0), with queries and positions drawn too."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.02, generator=generator)

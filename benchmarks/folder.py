@@ -81,10 +81,18 @@ def write_folder(folder: Path, size: tuple[int, int], images: int) -> list[str]:
     return [str(path) for path in sorted(folder.iterdir())]
 
 
+def command(pipe: Blip2ImageToTextPipeline, folder: str, options: dict[str, int], workers: int) -> str:
+    """What `blip2 caption FOLDER` prints."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**options, "workers": workers}.items()]
+    printed = io.StringIO()
+    with mock.patch.object(caption, "load_pipeline", lambda *_, **__: pipe), contextlib.redirect_stdout(printed):
+        assert blip2(["caption", folder, *flags]) == 0
+    return printed.getvalue()
+
+
 def measure(pipe: Blip2ImageToTextPipeline, paths: list[str], args: argparse.Namespace) -> dict[str, float]:
     """Images/s of the parts and of the command."""
     options = {"num_beams": args.num_beams, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     image_processor = pipe.processor.image_processor
 
     def read() -> list[torch.Tensor]:
@@ -96,17 +104,13 @@ def measure(pipe: Blip2ImageToTextPipeline, paths: list[str], args: argparse.Nam
         rows = ({"pixel_values": each} for each in pixels)
         return list(pipe(rows, prompt=CAPTION_PROMPT, generate_kwargs=options, progress=False))
 
-    def command(workers: int) -> str:
-        arguments = [os.path.dirname(paths[0]), *flags, f"--batch-size={args.batch_size}", f"--workers={workers}"]
-        printed = io.StringIO()
-        with mock.patch.object(caption, "load_pipeline", lambda *_, **__: pipe), contextlib.redirect_stdout(printed):
-            assert blip2(["caption", *arguments]) == 0
-        return printed.getvalue()
+    def captions(workers: int) -> str:
+        return command(pipe, os.path.dirname(paths[0]), {**options, "batch_size": args.batch_size}, workers)
 
     runs: dict[str, Callable[[], object]] = {"read": read, "model": model}
     numbers = [0, *args.workers]
-    runs |= {f"workers_{number}": lambda number=number: command(number) for number in numbers}
-    printed = {number: command(number) for number in numbers}
+    runs |= {f"workers_{number}": lambda number=number: captions(number) for number in numbers}
+    printed = {number: captions(number) for number in numbers}
     assert len(set(printed.values())) == 1, "what is printed depends on the workers"
     assert len(printed[0].splitlines()) == len(paths)
     model()

@@ -1,29 +1,61 @@
-"""Time and memory of `from_pretrained`: ours against the installed `transformers`, the same checkpoint folder.
+"""Time and memory of `from_pretrained`, and of importing a model class: ours against the installed `transformers`.
 
-    python benchmarks/loading.py [--repeats 5] [--threads 2] [--small] [--family opt|t5]
+    python benchmarks/loading.py [--repeats 5] [--threads 2] [--small] [--family opt|t5] [--cases CASE ...]
 
-Each load happens in a fresh process that imports the class first, in turns, with the file in the page cache. One JSON
-line per case: `seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once (`time_ratio` is
-theirs over ours, median over the rounds), `import_seconds` of the class, `peak_over_file` the most memory that the
-load needed over the size of the file(s). Both must give the same weights.
+Loading, a case per precision of the file and of the model (float32-bfloat16): both load the same checkpoint folder, in
+a fresh process each time that has imported the class, in turns, with the file in the page cache. A JSON line per case:
+`seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once (`time_ratio` is theirs over ours,
+median over the rounds). Memory is the most that the process needed beyond what it had before, over the bytes of the
+weights in the loaded model: `peak_over_weights` all of it, with the pages of the file that are mapped;
+`anonymous_over_weights` without these, which the system can take back at any time (sampled in a round that is not
+timed). Both must give the same weights.
+
+Importing (case `import`), a line per class: seconds of CPU time (`cpu_seconds`, `time_ratio`) and on the clock
+(`seconds`) of `from LIBRARY import CLASS` in a fresh process, of its `base` classes in `transformers` alone and of
+`torch` alone, in turns; `modules` that it loads. `collected_ratio` counts a full garbage collection behind it, too, as
+ours imports without one.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 from common import add_measuring_arguments, emit, memory_of_process, on_cpu, randomise, ratio, reset_peak_rss, setting
 
-CLASSES = {"ours": "blip2_hf", "theirs": "transformers"}
+LIBRARIES = {"ours": "blip2_hf", "theirs": "transformers"}
+# Precision of the file, precision of the model.
+LOADS = (
+    "float32-float32",
+    "float32-bfloat16",
+    "float32-float16",
+    "bfloat16-float32",
+    "float16-float32",
+    "float16-float16",
+)
+MODELS = ("Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval", "Blip2QFormerModel")
+IMPORT_PROBE = """
+import gc, json, sys, time
+modules, wall, cpu = len(sys.modules), time.perf_counter(), time.process_time()
+exec(sys.argv[1])
+gc.collect(0)  # would come with the next objects that are made
+result = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
+gc.collect()
+print(json.dumps({**result, "collected": time.process_time() - cpu, "modules": len(sys.modules) - modules}))
+"""
 
 
-def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
-    """A random checkpoint as `transformers` writes it, in float32; returns the bytes of its weights."""
+def write_checkpoints(folder: Path, args: argparse.Namespace) -> None:
+    """A random checkpoint as `transformers` writes it, in a folder per precision that the cases need."""
+    import torch
     from generation import SMALL_SIDE, language_config
     from transformers import Blip2Config, Blip2ForConditionalGeneration
     from transformers.initialization import no_init_weights
@@ -36,66 +68,120 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     )
     with no_init_weights():
         model = Blip2ForConditionalGeneration(config)
-    randomise(model).save_pretrained(folder, max_shard_size="1GB")
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    randomise(model)
+    for dtype in ("float32", "bfloat16", "float16"):
+        if any(case.startswith(f"{dtype}-") for case in args.cases):
+            model.to(getattr(torch, dtype)).save_pretrained(folder / dtype, max_shard_size="1GB")
 
 
-def load_once(library: str, folder: str, dtype: str) -> dict[str, float]:
-    """One load, in this process; prints what it measured."""
+class MostAnonymous(threading.Thread):
+    """Samples how much memory of the process is no mapped file; the most of it is `bytes`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes, self.done = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.bytes = max(self.bytes, memory_of_process("RssAnon"))
+
+
+def load_once(library: str, folder: str, dtype: str, sampled: str) -> dict[str, float]:
+    """One load, in this process; what it measured."""
     import torch
 
-    start = time.perf_counter()
     cls = __import__(library, fromlist=["x"]).Blip2ForConditionalGeneration
-    imported = time.perf_counter()
     if not reset_peak_rss():
         raise SystemExit("the peak memory of a process can be measured on Linux only")
-    before = memory_of_process("VmRSS")
+    before, anonymous = memory_of_process("VmRSS"), memory_of_process("RssAnon")
+    sampler = MostAnonymous()
+    if sampled == "sampled":
+        sampler.start()
     begin = time.perf_counter()
     model = cls.from_pretrained(folder, dtype=getattr(torch, dtype))
     loaded = time.perf_counter()
-    # Sums of the bits, so that each weight is read; they are equal only if the weights are.
-    bits = {2: torch.int16, 4: torch.int32}
-    total = sum(weight.detach().view(bits[weight.element_size()]).sum().item() for weight in model.parameters())
+    # Sums of the bits, so that each weight is read; they are equal only if the weights are. In pieces, as a sum of
+    # integers makes copies of 64 bits.
+    bits, weights, total = {2: torch.int16, 4: torch.int32}, 0, 0
+    for weight in model.parameters():
+        weights += weight.numel() * weight.element_size()
+        for piece in weight.detach().view(bits[weight.element_size()]).view(-1).split(2**18):
+            total += piece.sum().item()
+    ready = time.perf_counter()
+    sampler.done.set()
     return {
-        "import_seconds": imported - start,
         "seconds": loaded - begin,
-        "ready_seconds": time.perf_counter() - begin,
-        "peak": memory_of_process("VmHWM") - before,
-        "weights": total,
+        "ready_seconds": ready - begin,
+        "peak": (memory_of_process("VmHWM") - before) / weights,
+        "anonymous": (sampler.bytes - anonymous) / weights,
+        "bytes": weights,
+        "sum": total,
     }
 
 
-def in_fresh_process(library: str, folder: Path, dtype: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--load-once", library, str(folder), dtype]
-    done = subprocess.run(command, capture_output=True, text=True)
+def in_fresh_process(*arguments: str) -> dict[str, float]:
+    """What Python prints when it is started with these arguments."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
     if done.returncode:
-        raise SystemExit(f"{library} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(folder: Path, size: int, dtype: str, repeats: int) -> dict[str, object]:
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CLASSES}
-    for index in range(repeats + 1):
-        for name in CLASSES if index % 2 == 0 else reversed(CLASSES):
-            result = in_fresh_process(CLASSES[name], folder, dtype)
-            if index:  # the first round fills the page cache
+def middle(results: dict[str, list[dict]], field: str, digits: int = 3) -> dict[str, float]:
+    return {name: round(statistics.median(each[field] for each in rows), digits) for name, rows in results.items()}
+
+
+def ratio_of(results: dict[str, list[dict]], field: str) -> tuple[float, list[float]]:
+    return ratio({name: [each[field] for each in results[name]] for name in LIBRARIES})
+
+
+def measure_loading(folder: Path, case: str, args: argparse.Namespace) -> dict[str, object]:
+    stored, dtype = case.split("-")
+    files = list((folder / stored).glob("*.safetensors"))
+    results: dict[str, list[dict]] = {name: [] for name in LIBRARIES}
+    sampled = {}
+    for index in range(args.repeats + 1):
+        for name in LIBRARIES if index % 2 == 0 else reversed(LIBRARIES):
+            options = (LIBRARIES[name], str(folder / stored), dtype, "" if index else "sampled")
+            result = in_fresh_process(__file__, "--load-once", *options)
+            if index:
                 results[name].append(result)
-    if len({result["weights"] for column in results.values() for result in column}) != 1:
-        raise SystemExit(f"{dtype}: the weights differ")
-
-    def median(name: str, field: str) -> float:
-        return statistics.median(result[field] for result in results[name])
-
-    ready = {name: [result["ready_seconds"] for result in column] for name, column in results.items()}
-    middle, extremes = ratio(ready)
-    fields = ("seconds", "ready_seconds", "import_seconds")
+            else:  # fills the page cache
+                sampled[name] = result
+    if len({row["sum"] for column in results.values() for row in column}) != 1:
+        raise SystemExit(f"{case}: the weights differ")
+    time_ratio, extremes = ratio_of(results, "ready_seconds")
     return {
+        "stored_as": stored,
         "load_as": dtype,
-        "file_mb": round(size / 2**20),
-        "time_ratio": middle,
+        "family": args.family,
+        "file_mb": round(sum(file.stat().st_size for file in files) / 2**20),
+        "weights_mb": round(sampled["ours"]["bytes"] / 2**20),
+        "time_ratio": time_ratio,
         "time_ratio_range": extremes,
-        "peak_over_file": {name: round(median(name, "peak") / size, 2) for name in CLASSES},
-        **{field: {name: round(median(name, field), 3) for name in CLASSES} for field in fields},
+        "peak_over_weights": middle(results, "peak", 2),
+        "anonymous_over_weights": {name: round(sampled[name]["anonymous"], 2) for name in LIBRARIES},
+        **{field: middle(results, field) for field in ("seconds", "ready_seconds")},
+    }
+
+
+def measure_import(model: str, repeats: int) -> dict[str, object]:
+    bases = "PreTrainedModel, GenerationMixin" if "Generation" in model else "PreTrainedModel"
+    statements = {name: f"from {library} import {model}" for name, library in LIBRARIES.items()}
+    statements |= {"base": f"from transformers import {bases}", "torch": "import torch"}
+    results: dict[str, list[dict]] = {name: [] for name in statements}
+    for index in range(repeats):
+        for name in statements if index % 2 == 0 else reversed(statements):
+            results[name].append(in_fresh_process("-c", IMPORT_PROBE, statements[name]))
+    time_ratio, extremes = ratio_of(results, "cpu_seconds")
+    return {
+        "imported": model,
+        "time_ratio": time_ratio,
+        "time_ratio_range": extremes,
+        "collected_ratio": ratio_of(results, "collected")[0],
+        **{field: middle(results, field) for field in ("cpu_seconds", "seconds")},
+        "modules": {name: rows[0]["modules"] for name, rows in results.items()},
     }
 
 
@@ -103,16 +189,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_measuring_arguments(parser, repeats=5)
     parser.add_argument("--family", default="opt", choices=["opt", "t5"], help="language model of the checkpoint")
-    parser.add_argument("--load-once", nargs=3, metavar=("LIBRARY", "FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="+", choices=[*LOADS, "import"], default=[*LOADS, "import"], metavar="CASE")
+    parser.add_argument("--load-once", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load_once:
         emit(load_once(*args.load_once))
         return
-    emit({"benchmark": "loading", "family": args.family, **setting(on_cpu(args))})
-    with tempfile.TemporaryDirectory() as folder:
-        size = write_checkpoint(Path(folder), args)
-        for dtype in ("float32", "bfloat16", "float16")[: 1 if args.small else 3]:
-            emit(measure(Path(folder), size, dtype, args.repeats))
+    if args.small:
+        args.cases = [case for case in args.cases if case in (*LOADS[:2], "import")]
+    emit({"benchmark": "loading", **setting(on_cpu(args))})
+    if loads := [case for case in args.cases if case != "import"]:
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoints(Path(folder), args)
+            for case in loads:
+                emit(measure_loading(Path(folder), case, args))
+    if "import" in args.cases:
+        for model in MODELS[: 1 if args.small else 3]:
+            emit(measure_import(model, args.repeats))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ NEVER = -10000.0  # the original's additive mask
 def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     if mask is not None:
-        scores = scores + mask
+        scores = scores + mask.to(scores.dtype)
     return scores.softmax(dim=-1) @ value
 
 

@@ -187,6 +187,22 @@ class Bench:
         return total
 
 
+def bench_of(args: argparse.Namespace, lengths: torch.Tensor) -> Bench:
+    """Random weights, `--images` features and a text of each length."""
+    config = config_of(args.small)
+    model = build(args, config).to(getattr(torch, args.dtype)).requires_grad_(False)
+    vision = config.vision_config
+    generator = torch.Generator().manual_seed(2)
+    shape = (args.images, (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size)
+    features = torch.randn(shape, generator=generator) + torch.randn(args.images, 1, shape[2], generator=generator)
+    return Bench(
+        model,
+        features.to(args.device, getattr(torch, args.dtype)),
+        random_texts(lengths, config.qformer_config.vocab_size, args.device),
+        args.device,
+    )
+
+
 def queries_of(wanted: torch.Tensor, similarity: torch.Tensor, direction: str):
     """(query, images, texts) of the candidates of each query, the best first."""
     if direction == "image_to_text":
@@ -334,18 +350,7 @@ def main() -> None:
     described = {"mean": round(lengths.float().mean().item(), 2), "longest": int(lengths.max())}
     sizes = {"images": args.images, "texts": args.texts, "sample": None if args.whole else args.sample}
     emit({"benchmark": "retrieval", **sizes, "caption_tokens": described, **setting(args)})
-    config = config_of(args.small)
-    model = build(args, config).to(getattr(torch, args.dtype)).requires_grad_(False)
-    vision = config.vision_config
-    generator = torch.Generator().manual_seed(2)
-    shape = (args.images, (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size)
-    features = torch.randn(shape, generator=generator) + torch.randn(args.images, 1, shape[2], generator=generator)
-    bench = Bench(
-        model,
-        features.to(args.device, getattr(torch, args.dtype)),
-        random_texts(lengths, config.qformer_config.vocab_size, args.device),
-        args.device,
-    )
+    bench = bench_of(args, lengths)
     check_counting(bench)
     if not args.flops_only:
         probe = Case(bench, "image_to_text", 32, argparse.Namespace(**{**vars(args), "whole": False, "sample": 1}))

@@ -38,7 +38,7 @@ class Benchmark:
 
     @property
     def name(self) -> str:
-        return self.script.replace("_", "-")
+        return self.script.removesuffix("_cases").replace("_", "-")  # (a script called profile would hide Python's)
 
     def command(self, *, quick: bool, threads: int | None) -> list[str]:
         options = (self.quick if quick else self.options) or ""
@@ -50,7 +50,15 @@ class Benchmark:
 
 ALL_ANSWERS = "--cases vqa-short vqa caption questions"
 FEW_PAIRS = "--small --repeats 1 --images 16 --texts 40 --k 8 --sample 1"
-CUDA_STEP = "--dtype bfloat16 --batch-sizes 64 --models blip2-opt-2.7b blip2-flan-t5-xl blip2-flan-t5-xxl"
+FULL_STEP = (
+    "--dtype bfloat16 --batch-sizes 64 --largest 1024 --models blip2-opt-2.7b blip2-flan-t5-xl blip2-flan-t5-xxl"
+)
+FULL_ANSWERS = (
+    "--dtype bfloat16 --cases vqa-short vqa caption --batch-sizes 8 64 --models blip2-opt-2.7b blip2-flan-t5-xl "
+    "--compile default"
+)
+FEW_ANSWERS = "--small --repeats 1 --dtype bfloat16 --cases caption --batch-sizes 2 --models blip2-opt-2.7b"
+WHOLE_STEP = "--small --repeats 1 --whole --dtype bfloat16 --batch-sizes 8 --largest 16"
 BENCHMARKS = (
     Benchmark("augmentation", "cpu"),
     Benchmark("processor", "cpu"),
@@ -63,18 +71,24 @@ BENCHMARKS = (
         f"{ALL_ANSWERS} --models opt t5 t5-large",
         f"--small --repeats 1 {ALL_ANSWERS}",
     ),
+    Benchmark("generation", "cpu", None, FEW_ANSWERS),
     Benchmark("stage1_step", "cpu", "--repeats 3", "--small --repeats 1 --batch-sizes 8"),
-    Benchmark("stage1_step", "cpu", None, "--small --repeats 1 --whole --dtype bfloat16 --batch-sizes 8"),
-    Benchmark("stage2_step", "cpu", "--batch-sizes 2 --repeats 7", "--small --repeats 1 --batch-sizes 2"),
+    Benchmark("stage1_step", "cpu", None, WHOLE_STEP),
+    Benchmark("stage2_step", "cpu", "--batch-sizes 2 --repeats 7", "--small --repeats 1 --batch-sizes 2 --largest 16"),
     Benchmark("retrieval", "cpu", "--repeats 3 --k 32 128", FEW_PAIRS),
     Benchmark("folder", "cpu", quick="--small --repeats 1 --photos 1MP --images 4 --batch-size 2"),
+    Benchmark("profile_cases", "cpu"),
     Benchmark("generation", "cuda", f"{ALL_ANSWERS} --models opt t5 t5-large"),
     Benchmark("generation", "cuda", f"{ALL_ANSWERS} --models opt t5 t5-large --dtype bfloat16", None),
+    Benchmark("generation", "cuda", FULL_ANSWERS, FEW_ANSWERS),
     Benchmark("stage1_step", "cuda", "--repeats 3"),
-    Benchmark("stage1_step", "cuda", "--whole --dtype bfloat16", "--small --repeats 1 --whole --dtype bfloat16"),
-    Benchmark("stage2_step", "cuda", CUDA_STEP),
+    Benchmark("stage1_step", "cuda", "--dtype bfloat16 --batch-sizes 16 100", None),
+    Benchmark("stage1_step", "cuda", "--whole --dtype bfloat16 --largest 4096 --compile default", WHOLE_STEP),
+    Benchmark("stage2_step", "cuda", FULL_STEP, "--small --repeats 1 --dtype bfloat16 --batch-sizes 2 --largest 16"),
     Benchmark("retrieval", "cuda", "--repeats 3 --k 32 128", FEW_PAIRS),
+    Benchmark("retrieval", "cuda", "--repeats 3 --k 128 --dtype bfloat16", f"{FEW_PAIRS} --dtype bfloat16"),
     Benchmark("folder", "cuda", "--dtype float16", "--small --repeats 1 --photos 1MP --images 4 --batch-size 2"),
+    Benchmark("profile_cases", "cuda", "--dtype bfloat16"),
 )
 
 

@@ -89,13 +89,24 @@ def theirs(model: blip2_hf.Blip2ForConditionalGeneration) -> transformers.Blip2F
         peer = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config.from_dict(model.config.to_dict()))
     if any(True for _ in peer.buffers()):
         raise SystemExit("transformers' model has buffers, which this benchmark does not fill")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, _ in list(peer.named_parameters(remove_duplicate=False)):
-        owner, _, last = name.rpartition(".")
-        setattr(peer.get_submodule(owner), last, parameters.pop(name))
-    if parameters:
-        raise SystemExit(f"transformers' model lacks {sorted(parameters)}")
+    adopt(peer, model)
     return peer.eval()
+
+
+def adopt(model: nn.Module, source: nn.Module) -> None:
+    """Gives `model` the very same parameter objects as `source`.
+
+    Raises:
+        SystemExit: if one has a parameter that the other lacks.
+    """
+    parameters = dict(source.named_parameters(remove_duplicate=False))
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, last = name.rpartition(".")
+        if name not in parameters:
+            raise SystemExit(f"{type(source).__module__}'s model lacks {name}")
+        setattr(model.get_submodule(owner), last, parameters.pop(name))
+    if parameters:
+        raise SystemExit(f"{type(model).__module__}'s model lacks {sorted(parameters)}")
 
 
 def parts(model: nn.Module) -> tuple[nn.Module, ...]:

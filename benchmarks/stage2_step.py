@@ -1,11 +1,11 @@
 """One training step of stage 2: ours against `transformers`' BLIP-2 in the same loop, on the same parameters.
 
     python benchmarks/stage2_step.py [--models blip2-opt-2.7b ...] [--batch-sizes 8 ...] [--flops-only] [--size reduced]
-    python benchmarks/stage2_step.py --device cuda --dtype bfloat16 --batch-sizes 64 \\
+    python benchmarks/stage2_step.py --device cuda --dtype bfloat16 --batch-sizes 64 --largest 1024 \\
         --models blip2-opt-2.7b blip2-flan-t5-xl blip2-flan-t5-xxl
 
-Frozen tower and language model (no dropout), forward, backward, AdamW on what is trained; random weights, random
-pictures, captions of `stage1_step.CAPTION_LENGTHS` tokens padded to the longest. The peer is
+Frozen tower and language model (no dropout), forward, backward, AdamW (fused, Trainer's default) on what is trained;
+random weights, random pictures, captions of `stage1_step.CAPTION_LENGTHS` tokens padded to the longest. The peer is
 `transformers.Blip2ForConditionalGeneration` around the very same parameters, the frozen ones with
 `requires_grad=False`. Losses must be equal, and the gradients of everything trained (in half precision as a whole).
 
@@ -14,27 +14,30 @@ tower and language model; default on the CPU) or "small" (also with `--small`, t
 the frozen parts are held in it, the rest in float32 under autocast.
 
 One JSON line per model and batch size. `time_ratio`: median of their time over ours, round by round; `cpu_time_ratio`:
-likewise of the process's own time, which others on the machine disturb less; `peak_mb`: what a step needs beyond
-weights and optimiser state; `saved_mb`: what autograd keeps of the forward pass for the backward, by count;
-`gflop_forward`: of `counted_batch` rows, by part of the model; `gflop_step_per_sample`: forward and backward;
-`flop_share`: ours over theirs; `mfu`: share of the device's peak with the operations of ours, on cuda.
+likewise of the process's own time, which others on the machine disturb less; `held_mb`: weights and optimiser state
+(on the CPU: the process); `peak_mb`: what a step needs beyond that; `saved_mb`: what autograd keeps of the forward pass
+for the backward, by count; `gflop_forward`: of `counted_batch` rows, by part of the model; `gflop_step_per_sample`:
+forward and backward; `flop_share`: ours over theirs; `mfu`: share of the device's peak with the operations of ours, in
+half precision on cuda. With `--largest`, a last line per model says which batches (multiples of 16) fit. A batch that
+does not is said to be `out_of_memory`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import transformers
-from common import add_arguments, compared, emit, flops, peak_mb, ratio, seconds, setting
+from common import add_arguments, compared, emit, flops, held_bytes, peak_mb, ratio, seconds, setting
+from limits import fits, largest_batch, peak_flops
 from stage2_models import SIZES, batch_of, config_of, ours, parts, theirs
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from whole_stage1 import peak_flops
 
 MODELS = ("blip2-opt-2.7b", "blip2-flan-t5-xl")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # relative; of gradients in the 2-norm
@@ -176,9 +179,41 @@ def measure(case: Case, name: str, rows: int, gflop: dict[str, float], args: arg
             "cpu_time_ratio": ratio(processor_times)[0],
             "samples_per_second": {who: round(rows / value, 2) for who, value in taken.items()},
             "mfu": None if device_peak is None else round(gflop["ours"] * 1e9 * rows / taken["ours"] / device_peak, 3),
+            "held_mb": round(held_bytes(args.device) / 2**20),
             "peak_mb": peak_mb(runs, args.device),
         }
     return record
+
+
+def measured(
+    models: dict[str, nn.Module], optimizer: torch.optim.Optimizer, name: str, rows: int, gflop: dict[str, float], args
+) -> dict[str, object]:
+    """The record of `measure`, or that there was not enough memory for it."""
+    record: dict[str, object] = {}
+
+    def run() -> None:
+        record.update(measure(Case(models, optimizer, rows, args), name, rows, gflop, args))
+
+    if fits(run):
+        return record
+    optimizer.zero_grad()
+    return {"model": name, "batch": rows, "out_of_memory": True}
+
+
+def largest(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer, most: int, args) -> dict[str, int]:
+    """Batches that fit, of both: two steps run (the second finds memory as the first left it)."""
+
+    def holds(who: str, rows: int) -> bool:
+        def steps() -> None:
+            case = Case(models, optimizer, rows, args)
+            case.step(who)
+            case.step(who)
+
+        found = fits(steps)
+        optimizer.zero_grad()
+        return found
+
+    return {who: largest_batch(lambda rows, who=who: holds(who, rows), most=most) for who in models}
 
 
 def counted(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer, args: argparse.Namespace):
@@ -203,6 +238,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="short names of released stage-2 checkpoints")
     parser.add_argument("--size", choices=SIZES, help="default: full on cuda, reduced on the CPU")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 64 on cuda, 8 on the CPU")
+    parser.add_argument("--largest", type=int, metavar="MOST", help="look for the largest batch up to it")
     parser.add_argument("--flops-only", action="store_true", help="compare and count, without timing")
     parser.add_argument("--peak-tflops", type=float, help="of the device, if it is not a known one")
     args = parser.parse_args()
@@ -216,12 +252,14 @@ def main() -> None:
         model = ours(config_of(name, size), args.device, getattr(torch, args.dtype))
         models = {"ours": model, "theirs": theirs(model)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=cuda or None)
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=True)
         gflop, record = counted(models, optimizer, args)
         for rows in args.batch_sizes or ((64,) if cuda else (8,)):
-            case = Case(models, optimizer, rows, args)
-            emit(measure(case, name, rows, gflop, args) | record)
-        del model, models, case, optimizer
+            emit(measured(models, optimizer, name, rows, gflop, args) | record)
+        if args.largest is not None:
+            emit({"model": name, "largest_batch": largest(models, optimizer, args.largest, args)})
+        del model, models, trained, optimizer
+        gc.collect()
         torch.cuda.empty_cache()
 
 

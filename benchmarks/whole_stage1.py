@@ -4,8 +4,10 @@ backward, AdamW. Called by `stage1_step.py --whole`.
 One JSON line per batch size: `samples_per_second` (median over the rounds), `mfu` the share of the device's peak,
 counting the floating point operations of the model (tower forward; Q-Former forward and backward; eager attention, so
 that what fused kernels recompute does not count), `paper_ratio` to the paper's rate: 250,000 steps of 1,680 images in
-"less than 6 days" on 16 A100 (40 GB), so at least 50 images per second and GPU (sec. 3.4). The last line is for the
-largest batch (a multiple of `STEP`) whose step fits.
+"less than 6 days" on 16 A100 (40 GB), so at least 50 images per second and GPU (sec. 3.4); `held_mb` what weights and
+optimiser take (on the CPU: the process), `peak_mb` what a step needs beyond that. With `--largest`, the last line is
+for the largest batch (a multiple of 16) whose step fits. With `--compile`, every batch size is measured once more with
+the tower compiled by torch.compile in that mode ("reduce-overhead": as CUDA graphs).
 """
 
 from __future__ import annotations
@@ -15,15 +17,14 @@ import statistics
 from collections.abc import Iterator
 
 import torch
-from common import flops, peak_bytes, randomise, seconds
+from common import flops, held_bytes, peak_bytes, randomise, seconds
+from limits import STEP, fits, largest_batch, peak_flops
 from stage1_step import captions
 
 import blip2_hf
 
-# Dense half-precision TFLOP/s as the makers state them.
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
 ORIGINAL_BATCH = 100  # per GPU in the original's recipe
-COUNTED_BATCH, STEP, MOST = 8, 16, 4096
+COUNTED_BATCH = 8
 
 
 def whole_config(small: bool) -> blip2_hf.Blip2Config:
@@ -40,15 +41,16 @@ class WholeStep:
     def __init__(self, args: argparse.Namespace):
         self.device, self.dtype = args.device, getattr(torch, args.dtype)
         config = whole_config(args.small)
-        self.model = randomise(blip2_hf.Blip2ForImageTextRetrieval(config))
+        with torch.device(self.device):
+            self.model = randomise(blip2_hf.Blip2ForImageTextRetrieval(config))
         with torch.no_grad():
             self.model.temperature.fill_(config.temperature_init)
         self.model.freeze_vision()
         self.model.vision_model.to(self.dtype)
         self.model.vision_model.post_layernorm.float()
-        self.model.to(self.device).train()
+        self.model.train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=self.device == "cuda" or None)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05, fused=True)
         # As Trainer does for float16: without it, small gradients would be lost.
         self.scaler = torch.amp.GradScaler(self.device, enabled=args.dtype == "float16")
 
@@ -71,39 +73,21 @@ class WholeStep:
         self.optimizer.zero_grad()
         return loss
 
-    def fits(self, batch: int) -> bool:
+    def holds(self, batch: int) -> bool:
         """Whether two steps run (the second finds memory as the first left it)."""
-        try:
+
+        def steps() -> None:
             inputs = self.inputs(batch)
             self(inputs)
             self(inputs)
-            return True
-        except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
 
-    def largest_batch(self) -> int:
-        """The largest multiple of `STEP` that fits, at most `MOST`; 0 if none does."""
-        good, bad = 0, MOST + STEP
-        trial = STEP
-        while bad - good > STEP:
-            good, bad = (trial, bad) if self.fits(trial) else (good, trial)
-            trial = min(2 * trial, MOST) if bad > MOST else (good + bad) // (2 * STEP) * STEP
-        return good
-
-
-def peak_flops(args: argparse.Namespace) -> float | None:
-    if args.peak_tflops is not None:
-        return args.peak_tflops * 1e12
-    name = torch.cuda.get_device_name() if args.device == "cuda" else ""
-    known = [value for part, value in PEAK_TFLOPS.items() if part in name]
-    return known[0] * 1e12 if known else None
+        found = fits(steps)
+        self.optimizer.zero_grad()
+        return found
 
 
 def measure_whole(args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Records for `--batch-sizes`, default the original's and the largest that fits (CUDA only).
+    """Records for `--batch-sizes`, default the original's, and with `--largest` for the largest that fits.
 
     Raises:
         SystemExit: in float32, which the tower is not run in, and if a loss is not finite.
@@ -116,20 +100,29 @@ def measure_whole(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     operations /= COUNTED_BATCH
     step.optimizer.zero_grad()
     step(counted)  # makes the optimiser's state, which takes memory
-    for batch in args.batch_sizes or (ORIGINAL_BATCH,):
-        yield measure_batch(step, batch, operations, args)
-    if not args.batch_sizes and args.device == "cuda":
-        largest = step.largest_batch()
-        yield {"largest_batch": largest} | (measure_batch(step, largest, operations, args) if largest else {})
+    sizes = list(args.batch_sizes or (ORIGINAL_BATCH,))
+    for batch in sizes:
+        yield {"tower": "eager"} | measure_batch(step, batch, operations, args)
+    if args.largest is not None:
+        largest = largest_batch(step.holds, most=args.largest)
+        while largest and not step.holds(largest):  # memory is not divided in the same way each time
+            largest -= STEP
+        record = {"tower": "eager", "largest_batch": largest}
+        yield record | (measure_batch(step, largest, operations, args) if largest else {})
+    if args.compile is not None:
+        step.model.vision_model.compile(mode=args.compile, dynamic=False)
+        for batch in sizes:
+            yield {"tower": f"compiled ({args.compile})"} | measure_batch(step, batch, operations, args)
 
 
 def measure_batch(step: WholeStep, batch: int, operations: float, args: argparse.Namespace) -> dict[str, object]:
     inputs = step.inputs(batch)
-    loss = step(inputs).item()
+    for _ in range(2):  # the first may compile
+        loss = step(inputs).item()
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise SystemExit(f"the loss is {loss} at batch {batch}")
     taken = statistics.median(seconds(lambda: step(inputs), args.device) for _ in range(args.repeats))
-    needed, peak = peak_bytes(lambda: step(inputs), args.device), peak_flops(args)
+    held, needed, peak = held_bytes(args.device), peak_bytes(lambda: step(inputs), args.device), peak_flops(args)
     return {
         "batch": batch,
         "loss": round(loss, 3),
@@ -138,5 +131,6 @@ def measure_batch(step: WholeStep, batch: int, operations: float, args: argparse
         "paper_ratio": round(batch / taken / 50, 2),
         "gflop_per_sample": round(operations / 1e9, 2),
         "mfu": None if peak is None else round(operations * batch / taken / peak, 3),
+        "held_mb": round(held / 2**20),
         "peak_mb": None if needed is None else round(needed / 2**20),
     }

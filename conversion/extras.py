@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2_hf.checkpoint_facts import read_json
+from blip2_hf.checkpoints import path_or_id
 from blip2_hf.model_card import model_card_text, write_model_card
-from blip2_hf.stage1_processing import has_tokenizer, image_side, path_or_id, stage1_tokenizer
+from blip2_hf.stage1_processing import has_tokenizer, image_side, stage1_tokenizer
 from blip2_hf.stage2_processing import language_tokenizer, text_end
 
 if TYPE_CHECKING:

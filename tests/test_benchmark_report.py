@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from benchmark_scripts import BENCHMARKS, script, write
+
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
 SETTING = {"benchmark": "augmentation", "device": "a machine", "threads": 1, "dtype": "float32", "repeats": 9}
 CASE = {"photo": "12 MP", "width": 4000, "exact": False, "time_ratio": 3.01, "mean_grey_levels": 0.27}
 CASE["images_per_second"] = {"ours": 13.7, "theirs": 4.9}
 
 
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of `benchmarks/`, as if it had been started there."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script("report", monkeypatch)
-
-
-def write(path: Path, *records: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
 def augmentation(report: ModuleType, folder: Path) -> str:

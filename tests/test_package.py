@@ -65,6 +65,21 @@ def test_public_names_pull_in_no_optional_library() -> None:
     assert not pulled_in
 
 
+def test_models_load_nothing_but_their_base_classes() -> None:
+    """No processors, tokenizers or other model classes; and the garbage collector rests meanwhile, as it was before."""
+    count = "sum(generation['collections'] for generation in gc.get_stats())"
+    bases, *added = modules_added_by(
+        "from transformers import GenerationMixin, PreTrainedModel; import gc",
+        f"gc.collect(); before = {count}; from blip2_hf import Blip2ForConditionalGeneration; assert {count} == before",
+        "assert gc.isenabled() and not gc.get_freeze_count(); gc.disable()",
+        "from blip2_hf import Blip2ForImageTextRetrieval, Blip2QFormerModel; assert not gc.isenabled()",
+    )
+    modules = set.union(*added)
+    assert "transformers.modeling_utils" in bases and "blip2_hf.modeling.retrieval" in modules
+    assert {name for name in modules if not name.startswith("blip2_hf")} == set()
+    assert not [name for name in modules if name.endswith("_processing") or name == "blip2_hf.processing"]
+
+
 @pytest.mark.parametrize("name", ["Blip2Config", "Blip2VisionConfig", "Blip2QFormerConfig"])
 def test_configs_do_not_load_models(name: str) -> None:
     (added,) = modules_added_by(f"from blip2_hf import {name}")

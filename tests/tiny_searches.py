@@ -33,6 +33,7 @@ _BART = {
     "forced_eos_token_id": None,
 }
 _OPT = {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 64}
+_GPT_NEO = {"vocab_size": WORDS, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 _GPT2 = {"vocab_size": WORDS, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 
 CONFIGS = {
@@ -46,7 +47,22 @@ CONFIGS = {
     "mt5": lambda: transformers.MT5Config(**_T5, eos_token_id=3, decoder_start_token_id=0),
     "bart": lambda: transformers.BartConfig(**_BART, **_SPECIAL, decoder_start_token_id=3),
 }
-SEQ2SEQ = ("t5", "mt5", "bart")
+_T5GEMMA = {**_WIDTHS, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4, "eos_token_id": 3}
+_TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 14}
+# Attention of their own: over the places of keys, to a number of keys, of two kinds of keys at once.
+OTHERS = {
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **_GPT_NEO, **_SPECIAL, attention_types=[[["local"], 1]], window_size=4, max_position_embeddings=12
+    ),
+    "doge": lambda: transformers.DogeConfig(**_WIDTHS, **_SPECIAL, keep_window_size=8),
+    "t5gemma2": lambda: transformers.T5Gemma2Config(
+        encoder={"text_config": dict(_T5GEMMA), "vision_config": _TOWER, "vocab_size": WORDS},
+        decoder=dict(_T5GEMMA),
+        dropout_rate=0.0,
+        decoder_start_token_id=2,
+    ),
+}
+SEQ2SEQ = ("t5", "mt5", "bart", "t5gemma2")
 # What else a call may ask for: each keeps a search from being the plain one in its own way.
 FURTHER: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -67,7 +83,7 @@ FURTHER: dict[str, dict[str, Any]] = {
 
 def language_model(family: str, seed: int = 0, scale: float = 0.5) -> transformers.PreTrainedModel:
     """With random weights: the larger `scale`, the more certain of its words."""
-    config = CONFIGS[family]()
+    config = (CONFIGS | OTHERS)[family]()
     auto = transformers.AutoModelForSeq2SeqLM if family in SEQ2SEQ else transformers.AutoModelForCausalLM
     model = auto.from_config(config)
     generator = torch.Generator().manual_seed(seed)

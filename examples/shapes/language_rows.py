@@ -26,10 +26,13 @@ _TURN = re.compile(r"(Question: .*?\? (?:Short a|A)nswer:) (.*?)(?:\. (?=Questio
 _REST = re.compile(rf"(?:^| )(Question: |{CAPTION_PROMPT} )")
 # Shares of the documents: those that lose their description, so that questions alone are known as well; captions that
 # lose their prompt; decoder-only rows that have a start token behind the description; of these, rows whose description
-# is learned, too (it is mostly chance).
-_BLIND, _BARE, _SEPARATED, _ALL_LEARNED = 0.12, 0.5, 0.6, 0.3
+# and questions are learned, too (they are mostly chance).
+_BLIND, _BARE, _SEPARATED, _ALL_LEARNED = 0.1, 0.5, 0.9, 0.2
+# Of those with a caption: the caption itself takes the place of the description. To say again what was read is a skill
+# that large language models have, and that queries can rely on.
+_REPEATED = 0.6
 # Encoder-decoder: documents that are cut before any of their words.
-_CUT_ANYWHERE = 0.3
+_CUT_ANYWHERE = 0.15
 _POOL = 16  # batches whose documents are sorted by length
 
 
@@ -57,11 +60,27 @@ class Document:
             return cls(description, tuple((turn[1], turn[2]) for turn in _TURN.finditer(rest)))
         return cls(description, caption=rest.removeprefix(CAPTION_PROMPT).lstrip())
 
-    def rest(self, *, prompted: bool = True) -> str:
+    def repeated(self) -> Document:
+        """One whose caption, if it has any, is its description, too."""
+        text = self.description if self.caption is None else self.caption
+        return self if self.turns else Document(text, caption=text)
+
+    def rest(self) -> str:
         """What stands behind the description."""
+        return "".join(text for text, _ in self.rest_parts())
+
+    def rest_parts(self, *, prompted: bool = True) -> list[tuple[str, bool]]:
+        """Texts, which follow each other as they are, and whether each is to be said: a caption, an answer.
+
+        Args:
+            prompted: with "a photo of" before a caption.
+        """
         if self.caption is not None:
-            return f"{CAPTION_PROMPT} {self.caption}" if prompted else self.caption
-        return ". ".join(f"{question} {answer}" for question, answer in self.turns)
+            return [(CAPTION_PROMPT, False), (f" {self.caption}", True)] if prompted else [(self.caption, True)]
+        parts = []
+        for number, (question, answer) in enumerate(self.turns):
+            parts += [(f". {question}" if number else question, False), (f" {answer}", True)]
+        return parts
 
 
 # -- decoder-only ----------------------------------------------------------------------------------------------------
@@ -69,16 +88,24 @@ class Document:
 
 def decoder_row(document: Document, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> tuple[list, list]:
     """Ids and labels of a row that ends with a line break."""
-    rest = document.rest(prompted=rng.random() >= _BARE)
+    document = document.repeated() if rng.random() < _REPEATED else document
+    parts = document.rest_parts(prompted=rng.random() >= _BARE)
     blind, separated, all_learned = (rng.random(3) < (_BLIND, _SEPARATED, _ALL_LEARNED)).tolist()
-    (end,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    if not rest or not document.description or (separated and not blind):
-        context = tokenizer(document.description, add_special_tokens=False)["input_ids"] if rest else []
-        ids = [*tokenizer(rest or document.description)["input_ids"], end]
-        learned = [IGNORED, *ids[1:]]  # a start token is not to be foreseen
-        return [*context, *ids], [*(context if all_learned else [IGNORED] * len(context)), *learned]
-    ids = [*tokenizer(rest if blind else f"{document.description} {rest}")["input_ids"], end]
-    return ids, list(ids)
+    start = tokenizer("")["input_ids"]
+    (end,) = _ids("\n", tokenizer)
+    context = [] if blind or not parts else _ids(document.description, tokenizer)
+    ids = [*context, *start] if separated else [*start, *context]
+    # a start token is not to be foreseen
+    labels = [one if all_learned and one not in start else IGNORED for one in ids]
+    for number, (text, said) in enumerate(parts or [(document.description, True)]):
+        part = _ids(f" {text}" if context and not (separated or number) else text, tokenizer)
+        ids += part
+        labels += part if said or all_learned or blind else [IGNORED] * len(part)
+    return [*ids, end], [*labels, end]
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def decoder_batch(rows: Sequence[tuple[list, list]], pad: int) -> dict[str, torch.Tensor]:
@@ -95,6 +122,7 @@ def decoder_batch(rows: Sequence[tuple[list, list]], pad: int) -> dict[str, torc
 
 def seq2seq_texts(document: Document, rng: np.random.Generator) -> tuple[str, str]:
     """What the encoder reads and what the decoder writes."""
+    document = document.repeated() if rng.random() < _REPEATED else document
     before = "" if rng.random() < _BLIND else document.description
     if not document.rest() or rng.random() < _CUT_ANYWHERE:
         return _cut(f"{document.description} {document.rest()}".strip(), rng)

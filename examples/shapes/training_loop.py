@@ -6,6 +6,7 @@ What a step trains on is a function of (seed, step) alone, so a run that was sto
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -141,8 +142,7 @@ def train(
         prefetch_factor=4 if options.workers else None,
     )
     model.train()
-    language_model = model if isinstance(model, PreTrainedModel) else None
-    slow = language_model is not None and slow_backward(options.device, PRECISIONS[options.precision])
+    slow = slow_backward(options.device, PRECISIONS[options.precision])
     started = saved = logged = time.monotonic()
     sums: dict[str, torch.Tensor] = {}
     since = 0
@@ -150,7 +150,8 @@ def train(
     for step, batch in enumerate(loader, start=first):
         for group in optimizer.param_groups:
             group["lr"] = options.rate(step)
-        with options.autocast(), eager_if(slow, language_model):
+        fast = eager_if(slow, model) if isinstance(model, PreTrainedModel) else contextlib.nullcontext()
+        with options.autocast(), fast:
             losses = losses_of({name: tensor.to(options.device) for name, tensor in batch.items()})
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()

@@ -73,9 +73,28 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    value = getattr(_import(f"{__name__}.{module}"), name)
     globals()[name] = value  # found directly from now on
     return value
+
+
+def _import(module: str) -> Any:
+    """The module, imported while the garbage collector rests.
+
+    torch and transformers make half a million objects that stay. The collector would look through them again and
+    again meanwhile, for a quarter of the time. Afterwards it takes them as old, as if it had.
+    """
+    import gc
+
+    if not gc.isenabled() or gc.get_freeze_count():  # someone else has plans with it
+        return importlib.import_module(module)
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.unfreeze()  # into the oldest generation
+        gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -248,6 +248,20 @@ def short_name(path: str | os.PathLike) -> str:
     return name if name in SHIPPED and os.path.dirname(path) == _SHIPPED_FOLDER else path
 
 
+def path_or_id(argument: str, given: Any) -> str:
+    """A folder or a Hub id as a string.
+
+    Raises:
+        ValueError: for anything else and for a folder that there is not, naming the argument.
+    """
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        raise ValueError(f"`{argument}` must be a folder or a Hub id, got {type(given).__name__} {given!r}")
+    given = os.fspath(given)
+    if given.startswith((".", "/", "~")) and not os.path.isdir(given):  # no Hub id looks like this
+        raise ValueError(f"`{argument}` must be a folder or a Hub id, but there is no folder {given!r}")
+    return given
+
+
 def checkpoint_config(name: str) -> dict[str, Any]:
     """Keyword arguments for `Blip2Config` that describe a released checkpoint as its `config.json` does.
 

@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .checkpoint_facts import processor_origin, read_json
-from .checkpoints import resolve_checkpoint
+from .checkpoints import path_or_id, resolve_checkpoint
 from .configuration import Blip2Config
 from .image_processing import Blip2ImageProcessor
 from .processing import Blip2Processor
@@ -124,17 +124,3 @@ def _with_class(source: str, raw: dict[str, Any]) -> dict[str, Any] | PreTrained
     from transformers.models.auto.configuration_auto import AutoConfig
 
     return AutoConfig.from_pretrained(source)
-
-
-def path_or_id(argument: str, given: Any) -> str:
-    """A folder or a Hub id as a string.
-
-    Raises:
-        ValueError: for anything else and for a folder that there is not, naming the argument.
-    """
-    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-        raise ValueError(f"`{argument}` must be a folder or a Hub id, got {type(given).__name__} {given!r}")
-    given = os.fspath(given)
-    if given.startswith((".", "/", "~")) and not os.path.isdir(given):  # no Hub id looks like this
-        raise ValueError(f"`{argument}` must be a folder or a Hub id, but there is no folder {given!r}")
-    return given

@@ -10,11 +10,11 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .checkpoints import resolve_checkpoint
+from .checkpoints import path_or_id, resolve_checkpoint
 from .configuration import Blip2Config
 from .image_places import image_token_of
 from .processing import Blip2Processor
-from .stage1_processing import has_tokenizer, path_or_id, stage1_tokenizer, tower_image_processor
+from .stage1_processing import has_tokenizer, stage1_tokenizer, tower_image_processor
 
 # What ends a text of OPT, as in the original code: its own end token is also what every text begins with.
 _OPT_END = "\n"

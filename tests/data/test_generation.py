@@ -320,3 +320,10 @@ def test_bad_parts() -> None:
     processor.suffix_end_id = None
     with pytest.raises(ValueError, match="`processor` must have an end token"):
         QuestionTransform(AUGMENTATION, processor)
+
+
+@pytest.mark.parametrize("kind", [CaptionTransform, QuestionTransform, PairTransform])
+@pytest.mark.parametrize("made", ["for_training", "for_evaluation"])
+def test_a_processor_is_needed(kind, made: str) -> None:
+    with pytest.raises(ValueError, match="`processor` must be a Blip2Processor, got NoneType"):
+        getattr(kind, made)(None)

@@ -123,6 +123,9 @@ def test_documents_as_rows(script) -> None:
         assert f"{parsed.description} {parsed.rest()}".strip() == document
         if len(parsed.turns) == 4:
             break
+    assert described.rest_parts(prompted=False) == [("a small red ring", True)]
+    assert described.repeated() == rows.Document("a small red ring", caption="a small red ring")
+    assert rows.Document("a ring").repeated().caption == "a ring" and asked.repeated() == asked
     drawn = [rows.seq2seq_texts(asked, np.random.default_rng(number)) for number in range(40)]
     assert ("a red ring. Question: is it red? Short answer: yes. Question: how many? Short answer:", "one") in drawn
     assert ("Question: is it red? Short answer:", "yes") in drawn  # blind

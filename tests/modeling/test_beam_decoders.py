@@ -10,10 +10,10 @@ from blip2_hf.modeling import beam_decoders
 from blip2_hf.modeling.beam_attention import NAME, can_share_rows, shared_rows
 from blip2_hf.modeling.beam_decoders import BeamDecoder, read_prompts
 from blip2_hf.modeling.beam_search import beam_search
-from tiny_searches import CONFIGS, SEQ2SEQ, language_model, prompts
+from tiny_searches import CONFIGS, OTHERS, SEQ2SEQ, language_model, prompts
 
 ROWS, BEAMS = 3, 4
-KINDS = {"bloom": beam_decoders._CausalBeams, "mistral": beam_decoders._CausalBeams}
+KINDS = dict.fromkeys(("bloom", "mistral", "gpt_neo", "doge"), beam_decoders._CausalBeams)
 
 
 def begin(family: str, model: nn.Module, new_tokens: int = 30) -> tuple[BeamDecoder, dict[str, torch.Tensor]]:
@@ -68,12 +68,12 @@ def walk(family: str, model: nn.Module, steps: int, leave: dict[int, list[int]],
     return decoder
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *OTHERS])
 def test_each_beam_goes_on_from_its_own_text(family: str) -> None:
     decoder = walk(family, language_model(family, 2, 0.4), 6, {2: [2, 1], 4: [1]})
     expected = beam_decoders._Seq2SeqBeams if family in SEQ2SEQ else beam_decoders._TreeBeams
     assert type(decoder) is KINDS.get(family, expected)
-    assert decoder.shares_rows is (family in SEQ2SEQ)
+    assert decoder.shares_rows is (family in SEQ2SEQ and family not in OTHERS)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "t5"])

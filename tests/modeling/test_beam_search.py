@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from blip2_hf.modeling import beam_search as module
 from blip2_hf.modeling.beam_search import beam_search
@@ -65,6 +71,45 @@ def test_with_what_else_a_call_may_ask_for(family: str, further: str) -> None:
     for options in (SHORT, SEARCH):
         expected, found = both(model, **inputs, **options, **FURTHER[further])
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_where_everything_is_equal(several: int) -> None:
+    """`transformers` sorts what has ended again at each step, and equal ones change places: until it stops, ours goes
+    on."""
+    model, inputs = language_model("opt", 0, 0.0), prompts("opt", 2, 3)
+    for ends in ([8, 10], [7, 8]):
+        rule = {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(ends)])}
+        for penalty in (-1.0, 0.0):
+            options = {"num_beams": 3, "max_new_tokens": 3, "length_penalty": penalty, "num_return_sequences": several}
+            expected, found = both(model, **inputs, **options, **rule)
+            assert torch.equal(found, expected)
+
+
+def test_ids_and_ends_of_other_kinds() -> None:
+    model, inputs = language_model("opt", 1, 0.3), prompts("opt", 2, 4)
+    expected, found = both(model, **{**inputs, "input_ids": inputs["input_ids"].int()}, **SEARCH)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype == torch.long
+    for end in (torch.tensor(3), torch.tensor([3, 5]), (3, 5)):
+        expected, found = both(model, **inputs, **SEARCH, eos_token_id=end, pad_token_id=torch.tensor(0))
+        assert torch.equal(found, expected)
+
+
+def test_scores_are_float32_whatever_torchs_default_is() -> None:
+    model, inputs = language_model("opt", 1, 0.3), prompts("opt", 2, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        expected, found = both(model, **inputs, **SHORT, return_dict_in_generate=True, output_scores=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.sequences_scores.dtype == expected.sequences_scores.dtype == torch.float32
+
+
+def test_models_that_return_tuples_by_default() -> None:
+    model = language_model("t5", 1, 0.3)
+    model.config.return_dict = False
+    expected, found = both(model, **prompts("t5", 2, 4), **SHORT)
+    assert torch.equal(found, expected)
 
 
 def test_negative_control_a_stop_where_length_pays_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +203,17 @@ def test_as_many_scores_as_transformers_gives() -> None:
     recorded = {"return_dict_in_generate": True, "output_scores": True}
     expected, found = both(model, **inputs, **SHORT, **recorded)
     assert len(found.scores) == len(expected.scores) > 2
+
+
+def test_as_many_scores_where_rows_are_over_for_different_reasons() -> None:
+    """Of one row all beams have ended, of the other there are n ended sequences: `transformers` goes on, as neither
+    holds for both."""
+    model = ends_with(language_model("opt", 1, 0.3), 0.5)
+    options = {"num_beams": 3, "max_new_tokens": 6, "length_penalty": 1.0, "early_stopping": True}
+    options["prefix_allowed_tokens_fn"] = lambda row, ids: [3] if row == 0 else list(range(3, 12))
+    expected, found = both(model, **prompts("opt", 3, 3), **options, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.scores) == len(expected.scores)
 
 
 # -- rows that leave --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from blip2_hf.modeling import generation, prefill
 from blip2_hf.modeling.generation import Blip2ForConditionalGeneration
-from generation_pairs import DECODING, FAMILIES, LAYOUTS, build, model, ragged
+from generation_pairs import DECODING, FAMILIES, LAYOUTS, build, language_config, model, ragged
 from parity import counted
 from tiny_models import IMAGE_TOKEN, QUERIES, VOCAB, pixels
 
@@ -99,6 +99,48 @@ def test_a_convolution_beside_attention_is_left_alone() -> None:
         assert prefill.can_share(language_model) is expected
 
 
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "linear", "factor": 2.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, False),
+    ],
+)
+def test_frequencies_that_follow_the_longest_row_are_left_alone(rope: dict, expected: bool) -> None:
+    config = language_config("llama")
+    config.rope_parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": 8, **rope}
+    with torch.device("meta"):
+        language_model = transformers.AutoModelForCausalLM.from_config(config)
+    assert prefill.can_share(language_model) is expected
+
+
+def test_what_prepares_a_models_inputs_in_its_own_way_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, text = build("opt"), ragged("left").text
+    kind = type(ours.language_model)
+    usual = kind.prepare_inputs_for_generation
+
+    def louder(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
+        return usual(self, input_ids, inputs_embeds=None if inputs_embeds is None else 2 * inputs_embeds, **kwargs)
+
+    before = run(ours, {"num_beams": 3}, text).sequences
+    monkeypatch.setattr(kind, "prepare_inputs_for_generation", louder)
+    for options in ({"num_beams": 3}, DECODING["sampling, several"]):
+        check_same(run(ours, options, text), run_plain(monkeypatch, ours, options, text))
+    assert not torch.equal(run(ours, {"num_beams": 3}, text).sequences, before)
+
+
+def test_a_beam_without_numbers_does_not_reach_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, text = build("llama"), ragged("left").text
+    options = {"num_beams": 5, "num_return_sequences": 5, "remove_invalid_values": True}
+    word = run(ours, {"num_beams": 3}, text).sequences[0, -2]
+    with torch.no_grad():
+        ours.get_input_embeddings().weight[word] = float("nan")
+    expected = run_plain(monkeypatch, ours, options, text).sequences
+    assert torch.equal(run(ours, options, text).sequences, expected)
+
+
 def test_prompt_of_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = build("opt", num_query_tokens=1)
     text = {"input_ids": torch.full((2, 1), IMAGE_TOKEN)}
@@ -164,6 +206,7 @@ SEARCHED = {"num_beams": 5}
         ({"stop_strings": ["a"]}, False),
         ({"token_healing": True}, False),
         ({"low_memory": True}, False),
+        ({"remove_invalid_values": True}, False),
     ],
 )
 def test_when_the_search_is_ours(options: dict, expected: bool) -> None:

@@ -255,3 +255,15 @@ def test_frozen_language_model_in_half_precision(tmp_path) -> None:
         run("t5", tmp_path, frozen_language_dtype="float16")
     with pytest.raises(ValueError, match="`frozen_language_dtype` must be one of float16, bfloat16"):
         arguments(tmp_path, frozen_language_dtype="int8")
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_language_model_trains_with_the_kernel_that_is_fast_backwards(tmp_path, half: bool) -> None:
+    """`slow_backward`; what the model had is back afterwards."""
+    one = run("opt", tmp_path, train=examples("opt", 4), max_steps=2, bf16=half)
+    config, seen = one.model.language_model.config, []
+    assert config._attn_implementation == "sdpa"
+    one.model.language_model.register_forward_pre_hook(lambda *_: seen.append(config._attn_implementation))
+    one.train()
+    assert seen and set(seen) == {"eager" if half else "sdpa"}
+    assert config._attn_implementation == "sdpa"

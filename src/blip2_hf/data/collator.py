@@ -26,7 +26,7 @@ from .batches import (
     token_rows,
 )
 from .captions import normalise_caption
-from .image_transforms import ImageTransform, Unaugmented, augmented, checked_transform
+from .image_transforms import ImageTransform, Unaugmented, augmented, checked_transform, image_processor_of
 from .samples import of_other_set
 from .skipped import BLANK_CAPTION, SkipSample
 
@@ -94,7 +94,7 @@ class PairTransform:
         caption: Callable[[str], str] | None = normalise_caption,
     ) -> PairTransform:
         """With the image processor of a `Blip2Processor` as it is, and its Q-Former tokenizer."""
-        images = Unaugmented(processor.image_processor)
+        images = Unaugmented(image_processor_of(processor))
         return cls(images, _bert_tokenizer(processor), max_length=max_length, caption=caption)
 
     def __call__(self, image: ImageSource, caption: str, rng: np.random.Generator) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .batches import (
     token_rows,
 )
 from .captions import normalise_caption, normalise_question
-from .image_transforms import ImageTransform, Unaugmented, augmented, checked_transform
+from .image_transforms import ImageTransform, Unaugmented, augmented, checked_transform, image_processor_of
 from .samples import QuestionAnswer, of_other_set
 from .skipped import BLANK_CAPTION, BLANK_QUESTION, NO_ANSWER, SkipSample
 from .target_rows import TargetRows, split_at_word
@@ -109,7 +109,7 @@ class CaptionTransform:
         caption: TextFunction | None = normalise_caption,
     ) -> CaptionTransform:
         """With the image processor of a `Blip2Processor` as it is."""
-        images = Unaugmented(processor.image_processor)
+        images = Unaugmented(image_processor_of(processor))
         return cls(images, processor, prompt=prompt, target=target, max_length=max_length, caption=caption)
 
     def __call__(self, image: ImageSource, caption: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class QuestionTransform:
     ) -> QuestionTransform:
         """With the image processor of a `Blip2Processor` as it is."""
         return cls(
-            Unaugmented(processor.image_processor),
+            Unaugmented(image_processor_of(processor)),
             processor,
             prompt=prompt,
             max_length=max_length,

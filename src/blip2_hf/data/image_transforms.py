@@ -28,7 +28,18 @@ def augmented(
     processor: Any, scale: tuple[float, float], ratio: tuple[float, float], flip: float
 ) -> TrainingAugmentation:
     """`TrainingAugmentation` for the image processor of a `Blip2Processor`."""
-    return TrainingAugmentation.from_image_processor(processor.image_processor, scale=scale, ratio=ratio, flip=flip)
+    images = image_processor_of(processor)
+    return TrainingAugmentation.from_image_processor(images, scale=scale, ratio=ratio, flip=flip)
+
+
+def image_processor_of(processor: Any) -> Any:
+    """
+    Raises:
+        ValueError: if it has none.
+    """
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError(f"`processor` must be a Blip2Processor, got {type(processor).__name__}")
+    return processor.image_processor
 
 
 def checked_transform(image_transform: Any) -> ImageTransform:

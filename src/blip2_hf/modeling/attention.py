@@ -77,13 +77,13 @@ def slow_backward(device_type: str, dtype: torch.dtype | None) -> bool:
 
 
 @contextlib.contextmanager
-def eager_if(wanted: bool, model: PreTrainedModel | None) -> Iterator[None]:
+def eager_if(wanted: bool, model: PreTrainedModel) -> Iterator[None]:
     """While active, a model of `transformers` runs its eager attention, the only one that gives weights, if `wanted`;
     its own choice is put back afterwards."""
-    if not wanted or model.config._attn_implementation == "eager":
+    chosen = model.config._attn_implementation
+    if not wanted or chosen == "eager":
         yield
         return
-    chosen = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield

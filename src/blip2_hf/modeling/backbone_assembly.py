@@ -12,7 +12,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration import BERT_SEP, Blip2Config, Blip2QFormerConfig
-from ..stage1_processing import has_tokenizer, stage1_tokenizer
 from .backbone_report import BackboneReport, SourceWeights, TensorOrigin, report_rows
 from .bert_weights import bert_fields
 from .loading import CheckpointMixin, without_load_report
@@ -61,6 +60,8 @@ def check_width(config: Blip2Config, qformer: dict[str, Any]) -> None:
 
 def qformer_fields(text: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """BERT's config with the special tokens of its tokenizer, `[DEC]` among them, and the overrides."""
+    from ..stage1_processing import has_tokenizer, stage1_tokenizer  # all of the processors, for this alone
+
     bert = bert_fields(text)
     rows = bert["vocab_size"]
     fields = {**bert, "use_qformer_text_input": True}

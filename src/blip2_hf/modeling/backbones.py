@@ -9,8 +9,8 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from ..checkpoints import path_or_id
 from ..configuration import Blip2Config, Blip2QFormerConfig
-from ..stage1_processing import path_or_id
 from .backbone_assembly import (
     NOT_IN_BERT,
     build_from,

@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 NAME = "blip2_hf_shared_rows"
+# Decoders with one attention over their own tokens and the encoder's output, the keys of both side by side.
+_MERGED = ("t5gemma2",)
 
 
 def shared_rows_attention(
@@ -56,6 +58,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def can_share_rows(model: PreTrainedModel) -> bool:
     """Whether a model's attention goes through what is registered here, and would be `transformers`' "sdpa" else."""
+    if model.config.model_type in _MERGED:
+        return False
     functions = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
     return functions is ALL_ATTENTION_FUNCTIONS and all(
         part.config._attn_implementation == "sdpa" for part in _parts(model)

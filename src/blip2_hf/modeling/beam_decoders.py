@@ -34,6 +34,8 @@ from .beam_cache import keep_rows, share_prompt
 from .prefill import position_arguments, read_causal, read_decoder, takes_positions
 from .prompts import Prompt
 
+# Language models whose attention goes by the places of keys in the cache, or to a fixed number of them.
+_BY_PLACE = ("gpt_neo", "doge")
 # Generated tokens that there is room for at first; the most if so many are to be generated at most.
 _ROOM = 64
 
@@ -101,6 +103,7 @@ def _can_be_one_sequence(model: PreTrainedModel, cache: DynamicCache) -> bool:
         takes_positions(model)
         and model.config._attn_implementation in ("sdpa", "eager")
         and not getattr(model.config.get_text_config(), "alibi", False)  # distances from the mask, not from positions
+        and model.config.model_type not in _BY_PLACE
         and not model.is_remote_code()
         and all(type(layer) is DynamicLayer and layer.get_seq_length() for layer in cache.layers)
     )
@@ -138,6 +141,7 @@ class _TreeBeams(BeamDecoder):
             position_ids=self.next_position[:, None].expand(-1, beams),
             past_key_values=self.cache,
             use_cache=True,
+            return_dict=True,
         ).logits
         self.next_position = self.next_position + 1
         return logits
@@ -187,6 +191,7 @@ class _CausalBeams(BeamDecoder):
             attention_mask=self.mask,
             past_key_values=self.cache,
             use_cache=True,
+            return_dict=True,
             **position_arguments(self.model, self.mask.sum(dim=1, keepdim=True) - 1),
         ).logits
         return logits[:, -1].unflatten(0, tokens.shape)
@@ -234,6 +239,7 @@ class _Seq2SeqBeams(BeamDecoder):
             decoder_input_ids=tokens.to(self.mask.device).flatten()[:, None],
             past_key_values=self.cache,
             use_cache=True,
+            return_dict=True,
         ).logits
         return logits[:, -1].unflatten(0, tokens.shape)
 

@@ -97,8 +97,9 @@ def beam_search(
             all_scores = None if all_scores is None else (*all_scores, scores.clone())
             parents, continues = state.advance(scores, stopping_criteria, all_scores, rules)
             settled = state.settled(rules, early=rules.bounded and not recorded)
-            *stop, goes_on = torch.cat([settled, continues[None]]).tolist()  # at once: it waits for the device
-            if all(stop) or not goes_on:
+            goes_on = continues & ~state.over(rules)
+            *stop, goes_on = torch.cat([settled, goes_on[None]]).tolist()  # at once: it waits for the device
+            if not goes_on or (all(stop) and not recorded):
                 break
             if leaving and any(stop):
                 result.put(state)
@@ -118,6 +119,7 @@ class _Rules:
     start: int
     longest: int
     beams: int
+    returned: int
     candidates: int
     fill: int
     length_penalty: float
@@ -126,15 +128,15 @@ class _Rules:
 
     @classmethod
     def of(cls, config: GenerationConfig, start: int, logits_processor: LogitsProcessorList) -> _Rules:
-        ends = config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
         normalised = bool(logits_processor) and type(logits_processor[-1]) is processors.LogitNormalization
         return cls(
             start=start,
             longest=config.max_length,
             beams=config.num_beams,
+            returned=config.num_return_sequences,
             candidates=max(2, 1 + len(ends)) * config.num_beams,
-            fill=(config.pad_token_id or ends[0]) if ends else -1,
+            fill=-1 if config.eos_token_id is None else int(config.pad_token_id or ends[0]),
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
             bounded=config.length_penalty <= 0
@@ -172,9 +174,9 @@ class _Rows:
     def start(cls, input_ids: torch.Tensor, rules: _Rules) -> _Rows:
         beams = rules.beams
         rows = input_ids.shape[0] // beams
-        ids = input_ids.new_full((rows, beams, rules.longest), rules.fill)
+        ids = input_ids.new_full((rows, beams, rules.longest), rules.fill, dtype=torch.long)
         ids[:, :, : rules.start] = input_ids.unflatten(0, (rows, beams))
-        scores = torch.zeros((rows, beams), device=ids.device)
+        scores = torch.zeros((rows, beams), dtype=torch.float32, device=ids.device)
         scores[:, 1:] = _NEVER  # all beams are equal at first: one of them counts
         paths = torch.full((rows, beams, rules.longest - rules.start), -1, dtype=torch.int32, device=ids.device)
         return cls(
@@ -262,20 +264,26 @@ class _Rows:
         worst = torch.where(self.ended, self.best_scores.min(dim=1, keepdim=True)[0], _NEVER)
         return (reachable > worst).any(dim=1)
 
+    def over(self, rules: _Rules) -> torch.Tensor:
+        """Whether `transformers` would end the search of these rows (bool, no dimension)."""
+        return ~self.open.any() | self._full(rules).all()
+
     def settled(self, rules: _Rules, early: bool) -> torch.Tensor:
         """[R] whether nothing that is returned of a row can change any more.
 
         early: also if something else than what is returned could.
         """
         settled = ~self.open | self._full(rules)
+        # Equal ones may change places as long as `transformers` sorts them again, step by step.
+        falls = self.best_scores[:, 1:] < self.best_scores[:, :-1]
+        ranked = self.ended[:, : rules.returned].all(dim=1) & falls[:, : rules.returned].all(dim=1)
         if not early:
-            return settled
+            return settled & ranked
         # A running beam ends one token later at the earliest, with at most the log-probability that it has.
         reachable = self.scores[:, 0] / ((self.length + 1 - rules.start) ** rules.length_penalty)
         reachable = reachable.clamp(min=torch.finfo(reachable.dtype).min / 2)
         rounding = 1e-5 * (1 + reachable.abs())
-        best = self.best_scores.masked_fill(~self.ended, -float("inf")).amax(dim=1)
-        return settled | (best > reachable + rounding)
+        return (settled | (self.best_scores[:, 0] > reachable + rounding)) & ranked
 
     def output(
         self, config: GenerationConfig, encoder_decoder: bool, scores: tuple | None, logits: tuple | None

@@ -61,17 +61,28 @@ def check_safetensors(file: Path) -> None:
     """Raises ValueError naming the file unless its header is whole and its length is what the header says."""
     size = file.stat().st_size
     try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError("header is cut off")
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        entries, begin = read_header(file)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a safetensors file or is truncated ({size} bytes): {error}") from error
-    expected = 8 + length + max(ends, default=0)
+    expected = begin + max(ends, default=0)
     if size != expected:
         raise ValueError(f"{file} is truncated or damaged: it has {size} bytes, its header says {expected}")
+
+
+def read_header(file: Path) -> tuple[dict[str, dict], int]:
+    """What a safetensors file says of its tensors, by name, and where the bytes begin that `data_offsets` count from.
+
+    Raises:
+        ValueError: if it is cut off or no JSON.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError("header is cut off")
+        header = json.loads(stream.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
 
 
 def some(keys: Iterable[str], shown: int = 8) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.generation import GenerationConfig
 from transformers.utils.hub import cached_file
@@ -17,6 +16,7 @@ from transformers.utils.hub import cached_file
 from ..checkpoints import short_name
 from ..configuration import Blip2Config
 from .checkpoint_files import CONNECTOR_NAME, check_safetensors, some
+from .stored_tensors import StoredTensor, stored_tensors
 from .text_branch import TEXT_FIELDS, insert_text_branch, text_branch_shapes
 from .towers import tower_side
 
@@ -104,23 +104,26 @@ class ConnectorMixin:
         if hasattr(base, "quantization_config"):
             config.quantization_config = base.quantization_config
         model, info = cls._load(origin, *model_args, config=config, **kwargs)
-        with safe_open(connector, framework="pt") as file:
-            stored = set(file.keys())
+        with stored_tensors([connector]) as tensors:
+            stored = set(tensors)
             parts = {
                 part for part, weights in model._backbones().items() if not stored.isdisjoint(n for n, _ in weights)
             }
             _adapt(model, wanted, parts)
             own = model.state_dict()
             missing = set(model._connector_keys(own, parts)) - stored
-            foreign = [k for k in stored if k not in own or list(own[k].shape) != file.get_slice(k).get_shape()]
+            foreign = [k for k in stored if k not in own or list(own[k].shape) != tensors[k].get_shape()]
             kinds = {"missing keys": missing, "unexpected keys or shapes": foreign}
             problems = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in kinds.items() if keys]
             if problems:
                 raise ValueError(f"{connector} is no connector of {cls.__name__} on {origin}: {'; '.join(problems)}")
             if offloaded := [key for key in stored if own[key].is_meta]:
                 raise ValueError(f"`device_map` must not offload what {connector} holds: {some(offloaded)}")
-            for key in stored:
-                own[key].copy_(file.get_tensor(key))
+            for key, tensor in tensors.items():
+                if isinstance(tensor, StoredTensor):
+                    tensor.read_into(own[key])
+                else:
+                    own[key].copy_(tensor[...])
         info["missing_keys"] = set(info["missing_keys"]) - stored
         model.config.connector_of = origin
         if model.can_generate() and "generation_config" not in kwargs:

@@ -23,6 +23,7 @@ from .base import Blip2PreTrainedModel
 from .beam_search import beam_search
 from .encoded import EncodedImages
 from .generation_backbones import Stage2BackbonesMixin
+from .linears import with_fast_linears
 from .prefill import can_prefill_once, can_search, position_arguments, prefill_causal, prefill_seq2seq
 from .projection import LanguagePromptMixin
 from .prompts import Prompt, can_be_targets, prompt_behind_ids
@@ -248,6 +249,7 @@ class Blip2ForConditionalGeneration(
     # -- generation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @with_fast_linears
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,

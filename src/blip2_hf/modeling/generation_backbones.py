@@ -14,9 +14,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoints import resolve_checkpoint
+from ..checkpoints import path_or_id, resolve_checkpoint
 from ..configuration import Blip2Config, Blip2QFormerConfig
-from ..stage1_processing import path_or_id
 from .backbone_assembly import (
     NOT_IN_BERT,
     build_from,

@@ -12,10 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from ..checkpoints import path_or_id
 from ..configuration import Blip2Config
-from ..stage1_processing import has_tokenizer, path_or_id
-from ..stage2_processing import image_token_id, language_tokenizer, text_end
-from ..text_rows import token_id
 from .backbone_report import SourceWeights, TensorOrigin
 from .loading import without_load_report
 from .windows import T5_KINDS
@@ -121,7 +119,12 @@ def language_source(language: Any, dtype: torch.dtype | None, quantization_confi
         source = LanguageSource(config, _model_class(config, None), config.get_text_config().vocab_size, dtype=dtype)
         _check_t5(config, {dtype}, f"{dtype}")
         return source
+    # All of the processors, for this alone.
     from transformers.models.auto.configuration_auto import AutoConfig
+
+    from ..stage1_processing import has_tokenizer
+    from ..stage2_processing import image_token_id, language_tokenizer, text_end
+    from ..text_rows import token_id
 
     name = path_or_id("language", language)
     config = AutoConfig.from_pretrained(name)

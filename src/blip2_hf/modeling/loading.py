@@ -23,6 +23,7 @@ from .checkpoint_files import check_files, remove_other_layout, some, stored_key
 from .connector import ConnectorMixin
 from .precisions import with_language_dtype
 from .quantization import language_model_only
+from .stored_tensors import can_convert, stored_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +115,16 @@ class CheckpointMixin(ConnectorMixin):
         model._loaded_versions = model._versions()
         model.config.language_adapter = has_adapter
         return model, info
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """As `transformers`, whose `from_pretrained` calls it, but it need not have the files' pages in memory beside
+        the weights that it makes of them."""
+        load = super()._load_pretrained_model
+        if state_dict is not None or not can_convert(checkpoint_files, load_config):
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        with stored_tensors(checkpoint_files) as tensors:
+            return load(model, tensors, checkpoint_files, load_config, *args, **kwargs)
 
     @classmethod
     def _check_parts(cls, source: str) -> None:

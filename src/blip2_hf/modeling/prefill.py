@@ -32,6 +32,8 @@ from .prompts import Prompt
 _OWN_PREFILL = ("past_key_values", "assistant_model", "custom_generate", "encoder_outputs", "decoder_input_ids")
 # Arguments of `generate`, beside settings, that a loop of one's own is given what they come to.
 _SEARCH_OPTIONS = frozenset({"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"})
+# `rope_type` whose frequencies change with the length.
+_TURNING = ("dynamic", "longrope")
 
 
 def repeats(config: GenerationConfig) -> int:
@@ -53,6 +55,7 @@ def can_prefill_once(model: PreTrainedModel, config: GenerationConfig, options: 
         and not config.output_attentions
         and not config.output_hidden_states
         and not any(options.get(name) is not None for name in _OWN_PREFILL)
+        and _prepares_as_transformers(model)
         and can_share(model)
     )
 
@@ -67,8 +70,16 @@ def can_search(model: PreTrainedModel, config: GenerationConfig, options: dict[s
         and config.stop_strings is None
         and not config.token_healing
         and not config.low_memory
+        # beams that are one sequence see each other's keys at a weight of 0, which is no number times one that is none
+        and not config.remove_invalid_values
         and not _in_step(model)
     )
+
+
+def _prepares_as_transformers(model: PreTrainedModel) -> bool:
+    """Whether nobody else has a say in what the model is called with at each step."""
+    prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    return prepare is not None and prepare.__module__.startswith("transformers.")
 
 
 def _in_step(model: PreTrainedModel) -> bool:
@@ -84,9 +95,19 @@ def can_share(model: PreTrainedModel) -> bool:
         return False
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return False  # some old models keep no keys and values
+    if _turns_with_length(model):
+        return False
     # the state of a linear attention or a convolution cannot be repeated
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _turns_with_length(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of rotary positions follow the longest sequence of a call: then keys depend on what is
+    read together, and when."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one, or by the layers' type
+    return any(kind.get("rope_type") in _TURNING for kind in kinds)
 
 
 def prefill_causal(model: PreTrainedModel, prompt: Prompt, config: GenerationConfig) -> dict[str, Any]:
@@ -129,6 +150,7 @@ def read_causal(model: PreTrainedModel, prompt: Prompt, cache: Cache | None = No
         inputs_embeds=prompt.embeds,
         attention_mask=prompt.mask,
         **caching,
+        return_dict=True,
         **position_arguments(model, prompt.position_ids()),
         **last_logits(model, 1),
     ).logits[:, -1]
@@ -161,6 +183,7 @@ def read_decoder(
         decoder_input_ids=start,
         past_key_values=cache,
         use_cache=True,
+        return_dict=True,
     ).logits
     return logits[:, -1], cache
 

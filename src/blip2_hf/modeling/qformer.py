@@ -188,14 +188,15 @@ class Blip2QFormerLayer(nn.Module):
             key_value if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, key_value, strict=True))
         )
         if output_length is not None:
-            hidden_states = hidden_states[:, :output_length]
+            hidden_states = hidden_states[:, :output_length].contiguous()
             if attention_mask is not None and attention_mask.shape[2] > 1:  # else one row for all positions
                 attention_mask = attention_mask[:, :, :output_length]
         hidden_states, weights = self.attention(hidden_states, seen, attention_mask, output_attentions)
         projected = cross_weights = None
         if isinstance(image, torch.Tensor):
             image = projected = self.crossattention.attention.key_value(image)
-        queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
+        # Copied once: torch multiplies frozen weights with a part of each row by slower, batched products.
+        queries, text = hidden_states[:, :query_length].contiguous(), hidden_states[:, query_length:].contiguous()
         outputs = []
         if query_length:
             if self.has_cross_attention:

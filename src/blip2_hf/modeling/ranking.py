@@ -157,6 +157,7 @@ class _CausalReader(_Reader):
         logits = self.model(
             attention_mask=mask,
             **inputs,
+            return_dict=True,
             **position_arguments(self.model, positions),
             **last_logits(self.model, length),
         ).logits
@@ -194,6 +195,7 @@ class _Seq2SeqReader(_Reader):
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
             attention_mask=self.mask.repeat_interleave(count, dim=0),
             decoder_input_ids=answers,
+            return_dict=True,
             **inputs,
         ).logits
         return self._of_rows(logits, ids)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import resolve_checkpoint
+from ..checkpoints import path_or_id, resolve_checkpoint
 from ..configuration import Blip2Config
-from ..stage1_processing import path_or_id
 from .backbone_report import SourceWeights, TensorOrigin
 
 _CONTRAST = "of image-text contrast (ITC)"

@@ -223,9 +223,11 @@ class Blip2Trainer(LoadersMixin, SampleTextsMixin, EvaluationMixin, SavingMixin,
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """With the attention kernel whose backward pass is fast: see `slow_backward`."""
-        language_model = self._plain_model().language_model if self._generates else None
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        with eager_if(language_model is not None and slow_backward(self.args.device.type, dtype), language_model):
+        if not self._generates:
+            return super().training_step(model, *args, **kwargs)
+        language_model = self._plain_model().language_model
+        dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else language_model.dtype
+        with eager_if(slow_backward(self.args.device.type, dtype), language_model):
             return super().training_step(model, *args, **kwargs)
 
     def compute_loss(

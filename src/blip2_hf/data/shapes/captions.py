@@ -1,7 +1,8 @@
 """Captions of a scene: true sentences in lower case, with variety of wording and content.
 
 There are two sorts. Complete ones name every thing; partial ones say how two things lie to each other, compare them,
-count, or say something about one of them. `grammar` reads all of them.
+count, or say something about one of them. As people do, they name shape and colour, and only now and then size, texture
+and place. `grammar` reads all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from .choice import mostly_first, pick, shuffled, weighted
 from .listing import described, number_of
-from .phrases import listed, noun_phrase, same, unique_reference
+from .phrases import listed, named, noun_phrase, same, unique_reference
 from .places import clear_field, clearly_related
 from .scenes import SHAPES, Scene, Thing
 from .words import LARGER, NUMBERS, PLURALS, RELATION_PHRASES, SIZE_WORDS, SMALLER, SPOT_PHRASES, VALUES
@@ -58,14 +59,6 @@ def captions(scene: Scene, rng: np.random.Generator, count: int = 5) -> list[str
     return shuffled(rng, found)
 
 
-def complete_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One that names every thing."""
-    while True:
-        caption = weighted(rng, _NAMING_ALL)(rng, scene)
-        if caption is not None and SHORTEST <= len(caption.split()) <= LONGEST:
-            return caption
-
-
 def _list(rng: Rng, scene: Scene) -> str:
     things = scene.things
     frame = weighted(rng, {"": 9, "is": 5, "shows": 3, "see": 2, "only": 2, "else": 1, "number": 3})
@@ -94,8 +87,7 @@ def _related_list(rng: Rng, scene: Scene) -> str | None:
         return None
     first, relation, second = pair
     others = [thing for thing in scene.things if thing is not first and thing is not second]
-    said = set(VALUES) if len(others) < 2 else {"shape", "colour", pick(rng, ("size", "texture"))}
-    text = f"{noun_phrase(rng, first, said)} {relation} {noun_phrase(rng, second, said)}"
+    text = f"{noun_phrase(rng, first, named(rng))} {relation} {noun_phrase(rng, second, named(rng))}"
     if not others:
         return text
     room = LONGEST - len(text.split()) - 1
@@ -108,7 +100,7 @@ def _related(rng: Rng, scene: Scene) -> str | None:
         return None
     first, relation, second = pair
     if rng.random() < 0.5:
-        a, b = (noun_phrase(rng, thing, _rich(rng)) for thing in (first, second))
+        a, b = (noun_phrase(rng, thing, named(rng)) for thing in (first, second))
         return pick(rng, (f"{a} {relation} {b}", f"{a} is {relation} {b}", f"there is {a} {relation} {b}"))
     a, b = _reference(rng, scene, first), _reference(rng, scene, second)
     return None if a is None or b is None else f"the {a} is {relation} the {b}"
@@ -205,11 +197,6 @@ def _reference(rng: Rng, scene: Scene, thing: Thing, without: tuple[str, ...] = 
     return None if found is None else found[0]
 
 
-def _rich(rng: Rng) -> set[str]:
-    """Shape and colour, mostly with size, texture or both."""
-    return {"shape", "colour", *pick(rng, ((), ("size",), ("texture",), ("size", "texture")))}
-
-
 def _clear_pair(rng: Rng, scene: Scene) -> tuple[Thing, str, Thing] | None:
     """Two things and how the first lies to the second, in words; in a quarter of the cases along both axes."""
     if len(scene.things) < 2:
@@ -225,10 +212,10 @@ def _clear_pair(rng: Rng, scene: Scene) -> tuple[Thing, str, Thing] | None:
 
 _NAMING_ALL: dict[Callable[[Rng, Scene], str | None], float] = {_list: 3, _related_list: 1}
 _PARTIAL: dict[Callable[[Rng, Scene], str | None], float] = {
-    _related: 4,
-    _predicated: 4,
+    _related: 6,
+    _predicated: 3,
     _shared: 1,
-    _compared: 2,
+    _compared: 1,
     _more: 1,
     _counted: 2,
 }

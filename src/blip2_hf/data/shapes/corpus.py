@@ -11,26 +11,24 @@ from collections.abc import Iterator
 import numpy as np
 
 from ...presets import CAPTION_PROMPT, VQA_PROMPTS, fill
-from .captions import captions, complete_caption
-from .choice import mostly_first, pick, shuffled, weighted
-from .phrases import noun_phrase, spot_of
+from .captions import captions
+from .choice import pick, weighted
+from .phrases import spot_of
 from .questions import questions
-from .scenes import COMBINATIONS, Scene, draw_scene
-from .words import VALUES
+from .scenes import COMBINATIONS, Scene, Thing, draw_scene
 
 # How many questions follow a description. One is by far the most frequent: an answer mostly ends the text.
-_QUESTIONS = {0: 4, 1: 12, 2: 2, 3: 1, 4: 1}
-_ONE_SENTENCE = 0.2  # of the descriptions
+_QUESTIONS = {1: 16, 2: 2, 3: 1, 4: 1}
 _FORMS = tuple(VQA_PROMPTS.values())  # "Question: … Answer:" and "Question: … Short answer:"
 
 
 def corpus(rng: np.random.Generator) -> Iterator[str]:
     """Documents without end, each one line of text about a scene of its own.
 
-    Most begin with a full description in one to five sentences that end with a full stop. None to four questions
-    with answers follow, all in the same of the two forms; every answer but the last ends with a full stop, as in
-    conversations. Others are captions, bare or after "a photo of", with or without a description before. Scenes have
-    all combinations of shape and colour, those that no training scene has as well: words alone do not hold them apart.
+    Most begin with a full description, notes that end with full stops. Then come one to four questions with answers,
+    all in the same of the two forms, every answer but the last with a full stop behind it, as in conversations; or a
+    caption after "a photo of". Others are captions alone. Scenes have all combinations of shape and colour, those that
+    no training scene has as well: words alone do not hold them apart.
 
     Args:
         rng: where every choice comes from.
@@ -41,32 +39,27 @@ def corpus(rng: np.random.Generator) -> Iterator[str]:
 
 def document(scene: Scene, rng: np.random.Generator) -> str:
     """One document of `corpus`, about `scene`."""
-    kind = weighted(rng, {"asked": 7, "photo": 2, "caption": 1})
+    kind = weighted(rng, {"asked": 6, "described": 3, "caption": 1})
     if kind == "caption":
         return captions(scene, rng, 1)[0]
-    if kind == "photo":
-        photo = f"{CAPTION_PROMPT} {captions(scene, rng, 1)[0]}"
-        return photo if rng.random() < 0.5 else f"{description(scene, rng)} {photo}"
-    number = weighted(rng, _QUESTIONS)
-    asked = questions(scene, rng, number) if number else []
+    if kind == "described":
+        return f"{description(scene, rng)} {CAPTION_PROMPT} {captions(scene, rng, 1)[0]}"
+    asked = questions(scene, rng, weighted(rng, _QUESTIONS))
     form = pick(rng, _FORMS)
     turns = [f"{fill(form, one.question)} {one.answer}" for one in asked]
-    return " ".join([description(scene, rng), ". ".join(turns)]).rstrip()
+    return f"{description(scene, rng)} {'. '.join(turns)}"
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
-    """One to five sentences that name every thing with all its properties, and mostly its place.
+    """Notes of every thing with all its properties and its place (unless that is between places), from left to right.
 
-    Sometimes it is one sentence, a caption that names all things.
+    They always read alike, say all and say it once: so a small model soon learns to look things up in them. Sentences
+    in free wording took it many times as long. How to word things it learns from captions.
     """
-    if rng.random() < _ONE_SENTENCE:
-        return f"{complete_caption(scene, rng)}."
-    return " ".join(f"{_sentence(scene, number, rng)}." for number in shuffled(rng, range(len(scene.things))))
+    things = sorted(scene.things, key=lambda thing: thing.x)
+    return " ".join(f"{_note(thing, spot_of(rng, thing))}." for thing in things)
 
 
-def _sentence(scene: Scene, number: int, rng: np.random.Generator) -> str:
-    thing = scene.things[number]
-    spot = spot_of(rng, thing)
-    phrase = noun_phrase(rng, thing, {*VALUES, "spot"}, spot=spot)
-    forms = (phrase, f"there is {phrase}", f"you can see {phrase}")
-    return mostly_first(rng, forms)
+def _note(thing: Thing, spot: str | None) -> str:
+    words = (thing.size, thing.texture, thing.colour, thing.shape, spot)
+    return " ".join(word for word in words if word)

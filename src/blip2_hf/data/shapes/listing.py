@@ -1,4 +1,4 @@
-"""Lists of all things of a scene, with as many of their properties as there is room for."""
+"""Lists of all things of a scene."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .choice import shuffled
-from .phrases import noun_phrase, same, spot_of
+from .choice import shuffled, weighted
+from .phrases import named, noun_phrase, same, spot_of
 from .scenes import Thing
 from .words import NUMBERS, PLURALS
 
 
 def described(rng: np.random.Generator, things: Sequence[Thing], everything: Sequence[Thing], words: int) -> list[str]:
-    """Noun phrases for all of `things` in at most about `words` words, in random order.
+    """Noun phrases for all of `things` in at most about `words` words, mostly from the left to the right.
 
-    Shape and colour are always said; size, texture and places are added in random order while there is room. Things
-    that are alike in what is said share a phrase with their number: that many, and no more, are in the scene.
+    Shape and colour are always said; now and then size or texture of all, or the places of some, where there is room.
+    Things that are alike in what is said share a phrase with their number: that many, and no more, are in the scene.
 
     Args:
         things: what to describe.
@@ -24,13 +24,15 @@ def described(rng: np.random.Generator, things: Sequence[Thing], everything: Seq
         words: how many words the phrases may have, together with an "and" before the last one.
     """
     said = {"shape", "colour"}
-    for name in shuffled(rng, ("size", "texture")):
+    for name in sorted(named(rng) - said):
         if _length(_groups(things, everything, said | {name}), said | {name}) <= words:
             said.add(name)
-    groups = shuffled(rng, _groups(things, everything, said))
+    groups = _groups(sorted(things, key=lambda thing: thing.x), everything, said)
+    if rng.random() < 0.2:
+        groups = shuffled(rng, groups)
     left = words - _length(groups, said)
     spots: dict[int, str] = {}
-    for number in shuffled(rng, range(len(groups))):
+    for number in shuffled(rng, range(len(groups)))[: weighted(rng, {0: 6, 1: 3, 2: 1})]:
         spot = spot_of(rng, groups[number][0]) if len(groups[number]) == 1 else None
         if spot is not None and left >= 4:
             spots[number] = spot

@@ -54,6 +54,11 @@ def noun_phrase(
     return f"{determiner} {phrase}{behind}".lstrip()
 
 
+def named(rng: np.random.Generator) -> set[str]:
+    """What is said of a thing: shape and colour, now and then with size, texture or both."""
+    return {"shape", "colour", *weighted(rng, {(): 10, ("size",): 4, ("texture",): 4, ("size", "texture"): 1})}
+
+
 def spot_of(rng: np.random.Generator, thing: Thing) -> str | None:
     """A true place of `thing` in the picture: mostly its field, sometimes only the edge; None if nothing is clear."""
     field = clear_field(thing)
