@@ -59,6 +59,14 @@ def captions(scene: Scene, rng: np.random.Generator, count: int = 5) -> list[str
     return shuffled(rng, found)
 
 
+def complete_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One that names every thing."""
+    while True:
+        caption = weighted(rng, _NAMING_ALL)(rng, scene)
+        if caption is not None and SHORTEST <= len(caption.split()) <= LONGEST:
+            return caption
+
+
 def _list(rng: Rng, scene: Scene) -> str:
     things = scene.things
     frame = weighted(rng, {"": 9, "is": 5, "shows": 3, "see": 2, "only": 2, "else": 1, "number": 3})
