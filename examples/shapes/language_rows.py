@@ -30,7 +30,7 @@ _REST = re.compile(rf"(?:^| )(Question: |{CAPTION_PROMPT} )")
 _BLIND, _BARE, _SEPARATED, _ALL_LEARNED = 0.1, 0.5, 0.9, 0.2
 # Of those with a caption: the caption itself takes the place of the description. To say again what was read is a skill
 # that large language models have, and that queries can rely on.
-_REPEATED = 0.6
+_REPEATED = 0.15
 # Encoder-decoder: documents that are cut before any of their words.
 _CUT_ANYWHERE = 0.15
 _POOL = 16  # batches whose documents are sorted by length

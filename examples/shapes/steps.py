@@ -31,7 +31,7 @@ QUERIES = 16
 _SPACE = 64
 LANGUAGE_MODELS = {"opt": "opt-base", "opt-small": "opt-small", "t5": "t5"}
 # The findings compare runs that are shorter than the shipped ones.
-_FINDING_STEPS = {"stage1": 2000, "stage2": 2000, "vqa": 2000}
+_FINDING_STEPS = {"stage1": 1500, "stage2": 1000, "vqa": 1500}
 FINDING_QUERIES = (4, 8, 32)
 # Re-ranked by ITM for each query: the paper's 128 would be an eighth of the 1,000 images.
 _CANDIDATES = 32

@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 128, "d_kv": 32, "d_ff": 320, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4},
 }
 TRAINING: dict[str, dict[str, float]] = {
-    "opt-base": {"steps": 7000, "batch_size": 32, "learning_rate": 1e-3, "warmup": 400},
+    "opt-base": {"steps": 9000, "batch_size": 32, "learning_rate": 1e-3, "warmup": 400},
     "opt-small": {"steps": 7000, "batch_size": 32, "learning_rate": 2e-3, "warmup": 400},
     "t5": {"steps": 7000, "batch_size": 32, "learning_rate": 7e-4, "warmup": 400},
 }
@@ -97,15 +97,15 @@ def read_corpus(path: str) -> list[str]:
 
 
 def loss_of_rows(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over rows of the mean over a row's targets: an answer of one word counts as much as a caption, so that
-    looking up is learned."""
+    """Mean over rows of the sum over a row's targets, divided by the root of their number: so an answer of one word has
+    its say beside captions, and looking up is learned."""
     labels = batch["labels"]
     logits = model(**batch).logits
     if not model.config.is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
     counts = (labels != -100).sum(dim=1)
-    return (losses.sum(dim=1) / counts.clamp(min=1)).mean()
+    return (losses.sum(dim=1) / counts.clamp(min=1).sqrt()).mean()
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def corpus(rng: np.random.Generator) -> Iterator[str]:
 
 def document(scene: Scene, rng: np.random.Generator) -> str:
     """One document of `corpus`, about `scene`."""
-    kind = weighted(rng, {"asked": 6, "described": 3, "caption": 1})
+    kind = weighted(rng, {"asked": 5, "described": 6, "caption": 1})
     if kind == "caption":
         return captions(scene, rng, 1)[0]
     if kind == "described":
