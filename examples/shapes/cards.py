@@ -129,7 +129,7 @@ def _recipe(run: Measured, source: str) -> str:
                 name,
                 how,
                 *map(_whole, (found.get("steps"), found.get("batch"))),
-                MISSING if rate is None else f"{rate:g}",
+                MISSING if rate is None else f"{rate:.2g}",
             ]
         )
     return (

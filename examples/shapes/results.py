@@ -18,7 +18,7 @@ from pathlib import Path
 from measured import Measured
 from PIL import Image
 from result_figures import FIGURES, save
-from result_tables import MISSING, TABLES
+from result_tables import MISSING, NONE, TABLES
 
 _MARK = re.compile(r"<!-- (/?)results:([\w-]+) -->")
 _FIGURE = "figure-"
@@ -63,12 +63,28 @@ def filled(text: str, content: Callable[[str], str], place: str) -> str:
     return text
 
 
+def shortened(text: str) -> str:
+    """A table without the rows that hold nothing measured; they are named below it."""
+    kept, unmeasured = [], []
+    for line in text.splitlines():
+        first, *cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and MISSING in cells and set(cells) <= {MISSING, NONE}:
+            unmeasured.append(first)
+        else:
+            kept.append(line)
+    if not unmeasured:
+        return text
+    if sum(line.startswith("|") for line in kept) == 2:  # the header alone
+        return f"({MISSING})"
+    return "\n".join([*kept, "", f"{MISSING.capitalize()}: {'; '.join(unmeasured)}."])
+
+
 def fill(document: Path, run: Measured, images: Mapping[str, Image.Image | None]) -> None:
     """Puts the results into a document, and those of the figures that it shows beside it."""
 
     def content(name: str) -> str:
         if not name.startswith(_FIGURE):
-            return TABLES[name](run)
+            return shortened(TABLES[name](run))
         name = name.removeprefix(_FIGURE)
         if (image := images[name]) is None:
             return f"({MISSING})"

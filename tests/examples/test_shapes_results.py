@@ -109,6 +109,15 @@ def test_documents_are_filled(script, run, tmp_path, capsys, monkeypatch) -> Non
     assert (tmp_path / "results" / "tables.md").read_text().startswith("Of the first few items only, so no results")
 
 
+def test_rows_that_hold_nothing_are_named_below(script) -> None:
+    shortened = script("results").shortened
+    head, full = "|  | a | b |\n| --- | ---: | ---: |", "| one | 1.0 | not measured |"
+    empty = "| two | not measured | – |\n| three | not measured | not measured |"
+    assert shortened(f"{head}\n{full}\n{empty}") == f"{head}\n{full}\n\nNot measured: two; three."
+    assert shortened(f"{head}\n{full}") == f"{head}\n{full}"
+    assert shortened(f"{head}\n{empty}") == "(not measured)"
+
+
 def test_the_documentation_has_places_for_all_results(script) -> None:
     results, root = script("results"), EXAMPLES.parent
     found = [name for name, *_ in results.sections((root / "docs" / "shapes.md").read_text(encoding="utf-8"), "docs")]
