@@ -66,10 +66,12 @@ def truth_of(captions: Sequence[tuple[str, Scene]]) -> dict[str, Any]:
     """The report on captions and their scenes, at least one; shares from 0 to 1."""
     statements: Counter[str] = Counter()
     true_statements: Counter[str] = Counter()
+    by_things: dict[int, list[bool]] = {}
     parsed = true = named = 0
     for caption, scene in captions:
         check = check_caption(caption, scene)
         parsed, true = parsed + check.parsed, true + check.true
+        by_things.setdefault(len(scene.things), []).append(check.true)
         named += mentioned(read_caption(caption) or [], scene)
         for statement in check.statements:
             statements[statement.kind] += 1
@@ -78,6 +80,7 @@ def truth_of(captions: Sequence[tuple[str, Scene]]) -> dict[str, Any]:
         "captions": len(captions),
         "parsed": round(parsed / len(captions), 4),
         "true": round(true / len(captions), 4),
+        "true_by_things": {str(n): round(sum(them) / len(them), 4) for n, them in sorted(by_things.items())},
         "different": round(len({caption for caption, _ in captions}) / len(captions), 4),
         "statements_per_caption": round(sum(statements.values()) / len(captions), 4),
         "things_mentioned": round(named / sum(len(scene.things) for _, scene in captions), 4),

@@ -153,6 +153,7 @@ def test_the_truth_of_captions(script, tmp_path) -> None:
     assert (report["true"], report["parsed"]) == (pytest.approx(1 / 3, abs=1e-4), pytest.approx(2 / 3, abs=1e-4))
     assert report["statements_per_caption"] == pytest.approx(2 / 3, abs=1e-4)
     assert report["things_mentioned"] == pytest.approx(1 / 3, abs=1e-4)  # there is no red one
+    assert report["true_by_things"] == {"1": report["true"]}
 
 
 def test_the_plan(script, tmp_path, capsys) -> None:
