@@ -131,7 +131,7 @@ ON_CUDA_ONLY = ("full-caption", "stage1-whole")
 def profiled(run: Callable[[], object], repeats: int, device: str) -> Profile:
     """Of `repeats` runs together."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with seen_images(), profile(activities=activities, with_flops=True) as found:
+    with seen_images(), profile(activities=activities, with_flops=True, record_shapes=True) as found:
         begin = time.perf_counter()
         with record_function("all runs"):
             for _ in range(repeats):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import record_function
 
-# By the operator's name without "aten::" and without "_" around it.
+# By the operator's name without its library's and without "_" around it.
 OPERATORS = {
     "matmul": "addmm mm bmm baddbmm addmm_activation mkldnn_linear mkldnn_convolution slow_conv2d_forward convolution "
     "convolution_backward mkldnn_convolution_backward cudnn_convolution thnn_conv2d scaled_mm linear_backward "
+    "linear_pointwise "
     "mkldnn_linear_backward slow_conv2d_backward",
     "softmax": "softmax softmax_backward_data log_softmax log_softmax_backward_data topk sort argmax max min amax "
     "nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward logsumexp cumsum safe_softmax",
@@ -40,6 +42,8 @@ VIEWS = frozenset(
 GROUPS = ("matmul", "attention", "softmax", "norms", "copies", "index", "optimiser", "images", "other", "dispatch")
 _FUSED = ("scaled_dot_product", "flash_attention", "efficient_attention")
 _IMAGES = "image: "
+_ONEDNN_LINEAR = "mkldnn::_linear_pointwise"  # see blip2_hf/modeling/linears.py
+_LIBRARIES = ("aten::", "mkldnn::")
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def seen_images() -> Iterator[None]:
 
 
 def plain(name: str) -> str:
-    """An operator's name without its kind's and without signs that it works in place."""
-    return name if name.startswith(_IMAGES) else name.removeprefix("aten::").strip("_")
+    """An operator's name without its library's and without signs that it works in place."""
+    return name if name.startswith(_IMAGES) else name.split("::")[-1].strip("_")
 
 
 def group_of(name: str, callers: Iterable[str], calls: bool) -> str:
@@ -89,12 +93,20 @@ def group_of(name: str, callers: Iterable[str], calls: bool) -> str:
         return "attention"
     if plain(name) in GROUP_OF:
         return GROUP_OF[plain(name)]
-    return "dispatch" if calls or plain(name) in VIEWS or not name.startswith("aten::") else "other"
+    return "dispatch" if calls or plain(name) in VIEWS or not name.startswith(_LIBRARIES) else "other"
 
 
 def callers_of(event: FunctionEvent) -> Iterator[str]:
     while (event := event.cpu_parent) is not None:
         yield event.name
+
+
+def operations_of(event: FunctionEvent) -> int:
+    """Floating point operations of a product; the profiler does not know those of oneDNN's linear layers."""
+    if event.name == _ONEDNN_LINEAR:
+        states, weight = event.input_shapes[:2]
+        return 2 * math.prod(states) * weight[0]
+    return event.flops or 0
 
 
 def summary(found: Profile, repeats: int) -> dict[str, object]:
@@ -112,7 +124,7 @@ def summary(found: Profile, repeats: int) -> dict[str, object]:
         groups[group] += own
         entry = operators[plain(event.name)]
         entry[0], entry[1] = entry[0] + own, entry[1] + 1
-        operations += (event.flops or 0) if group == "matmul" else 0
+        operations += operations_of(event) if group == "matmul" else 0
     groups["dispatch"] = max(0.0, found.seconds - sum(groups.values()))
     most = sorted(operators.items(), key=lambda item: -item[1][0])[:5]
     return {

@@ -33,6 +33,19 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script("profile_cases", monkeypatch)
 
 
+def test_linear_layers_of_onednn_are_products(cases: ModuleType) -> None:
+    """The profiler does not know how many operations they are."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch was built without oneDNN")
+    states, weight = torch.randn(16, 128, 512), torch.randn(1024, 512)
+    summary = cases.summary(
+        cases.profiled(lambda: torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], ""), 3, "cpu"), 3
+    )
+    assert summary["operators"][0][::2] == ["linear_pointwise", 1]
+    seconds = summary["groups"]["matmul"] * summary["profiled_seconds"]
+    assert summary["matmul_gflops"] * seconds == pytest.approx(2 * states.numel() * 1024 / 1e9, rel=0.1)
+
+
 def test_operators_are_put_into_groups(cases: ModuleType) -> None:
     """Of a step of a network that is known: matrix products of so many operations, everything else somewhere."""
     torch.manual_seed(0)
