@@ -3,8 +3,7 @@
     python benchmarks/loading.py [--repeats 5] [--threads 2] [--small] [--family opt|t5] [--cases CASE ...]
 
 Loading, a case per precision of the file and of the model (float32-bfloat16): both load the same checkpoint folder, in
-a fresh process each time that has imported the class and the language model's module (`transformers` has it with the
-class, ours imports it on demand), in turns, with the file in the page cache. A JSON line per case:
+a fresh process each time that has imported the class, in turns, with the file in the page cache. A JSON line per case:
 `seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once (`time_ratio` is theirs over ours,
 median over the rounds). Memory is the most that the process needed beyond what it had before, over the bytes of the
 weights in the loaded model: `peak_over_weights` all of it, with the pages of the file that are mapped;
@@ -20,7 +19,6 @@ ours imports without one.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -88,11 +86,10 @@ class MostAnonymous(threading.Thread):
             self.bytes = max(self.bytes, memory_of_process("RssAnon"))
 
 
-def load_once(library: str, folder: str, family: str, dtype: str, sampled: str) -> dict[str, float]:
+def load_once(library: str, folder: str, dtype: str, sampled: str) -> dict[str, float]:
     """One load, in this process; what it measured."""
     import torch
 
-    importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     cls = __import__(library, fromlist=["x"]).Blip2ForConditionalGeneration
     if not reset_peak_rss():
         raise SystemExit("the peak memory of a process can be measured on Linux only")
@@ -146,7 +143,7 @@ def measure_loading(folder: Path, case: str, args: argparse.Namespace) -> dict[s
     sampled = {}
     for index in range(args.repeats + 1):
         for name in LIBRARIES if index % 2 == 0 else reversed(LIBRARIES):
-            options = (LIBRARIES[name], str(folder / stored), args.family, dtype, "" if index else "sampled")
+            options = (LIBRARIES[name], str(folder / stored), dtype, "" if index else "sampled")
             result = in_fresh_process(__file__, "--load-once", *options)
             if index:
                 results[name].append(result)
@@ -193,7 +190,7 @@ def main() -> None:
     add_measuring_arguments(parser, repeats=5)
     parser.add_argument("--family", default="opt", choices=["opt", "t5"], help="language model of the checkpoint")
     parser.add_argument("--cases", nargs="+", choices=[*LOADS, "import"], default=[*LOADS, "import"], metavar="CASE")
-    parser.add_argument("--load-once", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--load-once", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load_once:
         emit(load_once(*args.load_once))

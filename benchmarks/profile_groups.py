@@ -19,8 +19,7 @@ from torch.profiler import record_function
 OPERATORS = {
     "matmul": "addmm mm bmm baddbmm addmm_activation mkldnn_linear mkldnn_convolution slow_conv2d_forward convolution "
     "convolution_backward mkldnn_convolution_backward cudnn_convolution thnn_conv2d scaled_mm linear_backward "
-    "linear_pointwise "
-    "mkldnn_linear_backward slow_conv2d_backward",
+    "mkldnn_linear_backward slow_conv2d_backward linear_pointwise",
     "softmax": "softmax softmax_backward_data log_softmax log_softmax_backward_data topk sort argmax max min amax "
     "nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward logsumexp cumsum safe_softmax",
     "norms": "native_layer_norm native_layer_norm_backward fused_rms_norm fused_rms_norm_backward gelu gelu_backward "

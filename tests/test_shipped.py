@@ -60,8 +60,9 @@ def test_captions_say_what_is_there() -> None:
 def test_answers_follow_the_picture() -> None:
     ask = pipeline("visual-question-answering", model="blip2-tiny-t5")
     questions = ["what color is the large object?", "what shape is the large object?"]
-    answers = [[best[0]["answer"] for best in ask(render(scene), questions)] for scene in (RED_CIRCLE, BLUE_STAR)]
-    assert answers == [["red", "circle"], ["blue", "star"]]
+    questions += ["how many objects are there?", "is there a circle?"]
+    answers = [[best[0]["answer"] for best in ask(render(scene), questions)] for scene in (RED_CIRCLE, BLUE_STAR, BOTH)]
+    assert answers == [["red", "circle", "one", "yes"], ["blue", "star", "one", "no"], ["blue", "star", "two", "yes"]]
 
 
 def test_texts_match_their_pictures() -> None:
