@@ -5,10 +5,12 @@
 Loading, a case per precision of the file and of the model (float32-bfloat16): both load the same checkpoint folder, in
 a fresh process each time that has imported the class, in turns, with the file in the page cache. A JSON line per case:
 `seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once (`time_ratio` is theirs over ours,
-median over the rounds). Memory is the most that the process needed beyond what it had before, over the bytes of the
-weights in the loaded model: `peak_over_weights` all of it, with the pages of the file that are mapped;
-`anonymous_over_weights` without these, which the system can take back at any time (sampled in a round that is not
-timed). Both must give the same weights.
+median over the rounds), `started_seconds` the same with importing the class before it (`started_ratio`): modules that
+theirs imports with the class, such as those of the Auto classes, are imported by ours when a language model is made.
+`imported_by_loading` counts the modules that `from_pretrained` imports. Memory is the most that the process needed
+beyond what it had before, over the bytes of the weights in the loaded model: `peak_over_weights` all of it, with the
+pages of the file that are mapped; `anonymous_over_weights` without these, which the system can take back at any time
+(sampled in a round that is not timed). Both must give the same weights.
 
 Importing (case `import`), a line per class: seconds of CPU time (`cpu_seconds`, `time_ratio`) and on the clock
 (`seconds`) of `from LIBRARY import CLASS` in a fresh process, of its `base` classes in `transformers` alone and of
@@ -90,7 +92,9 @@ def load_once(library: str, folder: str, dtype: str, sampled: str) -> dict[str, 
     """One load, in this process; what it measured."""
     import torch
 
+    start = time.perf_counter()
     cls = __import__(library, fromlist=["x"]).Blip2ForConditionalGeneration
+    imported, modules = time.perf_counter() - start, len(sys.modules)
     if not reset_peak_rss():
         raise SystemExit("the peak memory of a process can be measured on Linux only")
     before, anonymous = memory_of_process("VmRSS"), memory_of_process("RssAnon")
@@ -100,6 +104,7 @@ def load_once(library: str, folder: str, dtype: str, sampled: str) -> dict[str, 
     begin = time.perf_counter()
     model = cls.from_pretrained(folder, dtype=getattr(torch, dtype))
     loaded = time.perf_counter()
+    modules = len(sys.modules) - modules
     # Sums of the bits, so that each weight is read; they are equal only if the weights are. In pieces, as a sum of
     # integers makes copies of 64 bits.
     bits, weights, total = {2: torch.int16, 4: torch.int32}, 0, 0
@@ -112,6 +117,8 @@ def load_once(library: str, folder: str, dtype: str, sampled: str) -> dict[str, 
     return {
         "seconds": loaded - begin,
         "ready_seconds": ready - begin,
+        "started_seconds": imported + ready - begin,
+        "imported_by_loading": modules,
         "peak": (memory_of_process("VmHWM") - before) / weights,
         "anonymous": (sampler.bytes - anonymous) / weights,
         "bytes": weights,
@@ -152,6 +159,7 @@ def measure_loading(folder: Path, case: str, args: argparse.Namespace) -> dict[s
     if len({row["sum"] for column in results.values() for row in column}) != 1:
         raise SystemExit(f"{case}: the weights differ")
     time_ratio, extremes = ratio_of(results, "ready_seconds")
+    started_ratio, started_extremes = ratio_of(results, "started_seconds")
     return {
         "stored_as": stored,
         "load_as": dtype,
@@ -160,9 +168,12 @@ def measure_loading(folder: Path, case: str, args: argparse.Namespace) -> dict[s
         "weights_mb": round(sampled["ours"]["bytes"] / 2**20),
         "time_ratio": time_ratio,
         "time_ratio_range": extremes,
+        "started_ratio": started_ratio,
+        "started_ratio_range": started_extremes,
+        "imported_by_loading": {name: sampled[name]["imported_by_loading"] for name in LIBRARIES},
         "peak_over_weights": middle(results, "peak", 2),
         "anonymous_over_weights": {name: round(sampled[name]["anonymous"], 2) for name in LIBRARIES},
-        **{field: middle(results, field) for field in ("seconds", "ready_seconds")},
+        **{field: middle(results, field) for field in ("seconds", "ready_seconds", "started_seconds")},
     }
 
 

@@ -257,7 +257,7 @@ def finding_queries(run: Measured) -> str:
 
 
 def towers(run: Measured) -> str:
-    names = ("shape", "colour", "size", "texture", "thing")
+    names = ("shape", "colour", "size", "texture", "thing", "column", "row")
     rows = []
     for size in ("base", "small"):
         found = run.backbone(f"towers/{size}")

@@ -20,6 +20,8 @@ ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "
 _WITH_BACKGROUND = ("shape", "colour")
 COMBINATIONS = len(SHAPES) * len(COLOURS)
 COUNTS = MOST_THINGS
+# Of a thing's centre: rows and columns of the picture that are told apart.
+PLACES = 8
 # Share of a patch that a thing must cover to be what it shows; less than `_TRACE` of all things is background.
 _SHOWN, _TRACE = 0.15, 0.04
 
@@ -49,10 +51,12 @@ def targets(scene: Scene, patch: int) -> dict[str, np.ndarray]:
         own = np.array([list(names).index(getattr(one, attribute)) + background for one in scene.things])
         otherwise = np.where(empty, 0, IGNORED) if background else IGNORED
         found[attribute] = np.where(shown, own[thing], otherwise).astype(np.int64)
-    side = SIDE // patch
-    places = np.stack(np.meshgrid(np.arange(side) + 0.5, np.arange(side) + 0.5), axis=-1).reshape(-1, 2)
-    centres = np.array([[one.x, one.y] for one in scene.things], dtype=np.float32)[thing] / patch
-    found["centre"] = np.where(shown[:, None], centres - places, np.nan).astype(np.float32)
+    # In the picture, not from the patch: a tower that is asked for the way to the centre alone unlearns where it looks.
+    centres = np.array([[one.x, one.y] for one in scene.things], dtype=np.float32)[thing]
+    found["centre"] = np.where(shown[:, None], (centres - SIDE / 2) / patch, np.nan).astype(np.float32)
+    cells = (centres * PLACES / SIDE).astype(np.int64).clip(0, PLACES - 1)
+    for axis, name in enumerate(("column", "row")):
+        found[name] = np.where(shown, cells[:, axis], IGNORED)
     found["set"] = np.zeros(COMBINATIONS, dtype=np.float32)
     for one in scene.things:
         place = SHAPES.index(one.shape) * len(COLOURS) + ATTRIBUTES["colour"].index(one.colour)

@@ -100,9 +100,11 @@ def loss_of_rows(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torc
     """Mean over rows of the sum over a row's targets, divided by the root of their number: so an answer of one word has
     its say beside captions, and looking up is learned."""
     labels = batch["labels"]
-    logits = model(**batch).logits
-    if not model.config.is_encoder_decoder:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    inputs = {name: rows for name, rows in batch.items() if name != "labels"}
+    if model.config.is_encoder_decoder:
+        logits = model(**inputs, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
+    else:
+        logits, labels = model(**inputs).logits[:, :-1], labels[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
     counts = (labels != -100).sum(dim=1)
     return (losses.sum(dim=1) / counts.clamp(min=1).sqrt()).mean()

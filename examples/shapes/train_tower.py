@@ -18,7 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from tower_targets import ATTRIBUTES, COMBINATIONS, COUNTS, IGNORED, TowerBatches, classes, collate, unseen_scenes
+from tower_targets import (
+    ATTRIBUTES,
+    COMBINATIONS,
+    COUNTS,
+    IGNORED,
+    PLACES,
+    TowerBatches,
+    classes,
+    collate,
+    unseen_scenes,
+)
 from training_loop import LoopOptions, add_options, finish, finished, options_of, train
 
 from blip2_hf import Blip2ImageProcessor, Blip2VisionConfig, Blip2VisionModel
@@ -36,6 +46,7 @@ TRAINING: dict[str, dict[str, float]] = {
 # Of the background among the classes of a patch: most patches show nothing else.
 _BACKGROUND_WEIGHT = 0.1
 _SET_THRESHOLD = 0.0  # logit
+_PLACE = ("column", "row")
 
 
 class TowerWithHeads(nn.Module):
@@ -46,6 +57,7 @@ class TowerWithHeads(nn.Module):
         self.tower = Blip2VisionModel(config)
         width = config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes(name)) for name in ATTRIBUTES})
+        self.heads.update({name: nn.Linear(width, PLACES) for name in _PLACE})
         self.heads["centre"] = nn.Linear(width, 2)
         self.heads["set"] = nn.Linear(width, COMBINATIONS)
         self.heads["count"] = nn.Linear(width, COUNTS)
@@ -74,6 +86,10 @@ class TowerWithHeads(nn.Module):
             )
             for name in ATTRIBUTES
         }
+        losses |= {
+            name: functional.cross_entropy(found[name].flatten(0, 1), batch[name].flatten(), ignore_index=IGNORED)
+            for name in _PLACE
+        }
         there = ~batch["centre"].isnan().any(dim=-1)
         losses["centre"] = functional.smooth_l1_loss(found["centre"][there], batch["centre"][there])
         rows = functional.binary_cross_entropy_with_logits(found["set"], batch["set"], reduction="none").sum(dim=-1)
@@ -98,7 +114,7 @@ def accuracies(model: TowerWithHeads, scenes: list[Scene], options: LoopOptions)
         with options.autocast():
             found = model(batch["pixels"])
         there = ~batch["centre"].isnan().any(dim=-1)
-        scored = {name: (found[name].argmax(dim=-1) == batch[name])[there] for name in ATTRIBUTES}
+        scored = {name: (found[name].argmax(dim=-1) == batch[name])[there] for name in (*ATTRIBUTES, *_PLACE)}
         known = batch["shape"] != IGNORED
         scored["thing"] = ((found["shape"].argmax(dim=-1) == 0) == (batch["shape"] == 0))[known]
         scored["centre"] = (found["centre"] - batch["centre"])[there].norm(dim=-1) * patch

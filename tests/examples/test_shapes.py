@@ -42,7 +42,8 @@ def test_what_patches_show(script) -> None:
     assert grid["colour"][6, 6] == list(COLOURS).index("white") + 1
     assert (grid["size"][1, 1], grid["size"][6, 6]) == (1, 0) and grid["texture"][6, 6] == 1
     assert grid["size"][7, 0] == -100  # the background has none
-    np.testing.assert_allclose(found["centre"][0], [1.0, 1.0])  # 18 px are 1.5 patches; the patch's centre is 0.5
+    np.testing.assert_allclose(found["centre"].reshape(8, 8, 2)[2, 1], [-2.5, -2.5])  # 18 px are 1.5 patches; 4 is half
+    assert (grid["column"][6, 6], grid["row"][6, 6], grid["row"][7, 0]) == (6, 6, -100)
     assert found["set"].sum() == 2 and found["count"] == 1
 
 
