@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the scenes (default: others each time)")
     parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)")
     parser.add_argument("--caption-model", default="blip2-tiny-opt", metavar="MODEL", help="(default: %(default)s)")
-    parser.add_argument("--answer-model", default="blip2-tiny-t5", metavar="MODEL", help="(default: %(default)s)")
+    parser.add_argument("--answer-model", default="blip2-tiny-opt-vqa", metavar="MODEL", help="(default: %(default)s)")
     parser.add_argument("--match-model", default="blip2-tiny-itm", metavar="MODEL", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if not 1 <= args.scenes <= _MOST:

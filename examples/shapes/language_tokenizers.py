@@ -96,22 +96,14 @@ def _seed_pieces(documents: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def bert_tokenizer(documents: Sequence[str], longest: int) -> BertTokenizer:
-    """As BERT's: lower case, `[PAD]` 0, `[CLS]` … `[SEP]` around every text; `[DEC]` is added by stage 1."""
+    """As BERT's: lower case, whole words and letters, `[PAD]` 0, `[CLS]` … `[SEP]` around every text; stage 1 adds
+    `[DEC]`."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = sorted(set(_PRINTABLE.lower()))
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=_WORD_PIECES,
-        special_tokens=special,
-        initial_alphabet=letters,
-        show_progress=False,
-        continuing_subword_prefix="##",
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    learned = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    tokens = [*special, *letters, *(f"##{letter}" for letter in letters), *learned]
+    normalise, split = normalizers.BertNormalizer().normalize_str, pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    counts = Counter(word for document in documents for word, _ in split(normalise(document)))
+    words = sorted(counts, key=lambda word: (-counts[word], word))  # trained pieces would differ from run to run
+    tokens = [*special, *letters, *(f"##{letter}" for letter in letters), *words][:_WORD_PIECES]
     return BertTokenizer(vocab=_numbered(tokens), model_max_length=longest)
 
 

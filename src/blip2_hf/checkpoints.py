@@ -140,7 +140,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 }
 
 # Small checkpoints inside this package, trained on its own world of shapes (docs/shapes.md): no network needed.
-SHIPPED = ("blip2-tiny-opt", "blip2-tiny-t5", "blip2-tiny-itm")
+SHIPPED = ("blip2-tiny-opt", "blip2-tiny-opt-vqa", "blip2-tiny-t5", "blip2-tiny-itm")
 _SHIPPED_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shipped")
 
 # Shapes of the vision towers; what is not said is the default of the tower's config class.

@@ -138,7 +138,7 @@ def test_models_that_cannot_be_loaded(blip2, command, photos, checkpoint, tmp_pa
 
 DEFAULTS = {
     ("caption", "PHOTO"): ("blip2-tiny-opt", "blip2-opt-2.7b"),
-    ("ask", "PHOTO", "what?"): ("blip2-tiny-t5", "blip2-opt-2.7b"),
+    ("ask", "PHOTO", "what?"): ("blip2-tiny-opt-vqa", "blip2-opt-2.7b"),
     ("chat", "PHOTO"): ("blip2-tiny-opt", "blip2-opt-2.7b"),
     ("match", "PHOTO", "a cat"): ("blip2-tiny-itm", "blip2-itm-vit-g"),
     ("index", "PHOTO", "-o", "photos.index"): ("blip2-tiny-itm", "blip2-itm-vit-g"),
@@ -167,7 +167,7 @@ def test_without_a_model_a_shipped_one_works_and_says_so(
     ("task", "model", "released"),
     [
         ("captioning", "blip2-tiny-opt", "blip2-opt-2.7b-coco"),
-        ("vqa", "blip2-tiny-t5", "blip2-flan-t5-xl"),
+        ("vqa", "blip2-tiny-opt-vqa", "blip2-flan-t5-xl"),
         ("retrieval", "blip2-tiny-itm", "blip2-itm-vit-g-coco"),
     ],
 )

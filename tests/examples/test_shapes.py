@@ -234,7 +234,7 @@ def test_steps_are_done_once(script, tmp_path, monkeypatch) -> None:
 def test_everything(script, tmp_path) -> None:
     """The quick run: every script with every recipe, to shipped checkpoints below 10 MB."""
     script("run_all").main(["--output-dir", str(tmp_path), "--quick"])
-    for name in ("blip2-tiny-opt", "blip2-tiny-t5"):
+    for name in ("blip2-tiny-opt", "blip2-tiny-opt-vqa", "blip2-tiny-t5"):
         loaded = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "shipped" / name)
         assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "eval" / "blind" / "test" / "t5.json").read_text())["questions"] == 8
@@ -242,3 +242,13 @@ def test_everything(script, tmp_path) -> None:
     assert tables.startswith("Of the first few items only") and "unseen scenes (8): oracle" in tables
     assert "run_retrieval.py, retrieval.json" in (tmp_path / "shipped" / "blip2-tiny-itm" / "README.md").read_text()
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_the_vocabulary_of_the_bert_is_the_same_each_time(script) -> None:
+    """Words by their number, then by the alphabet; trained pieces are not, as they hang on the order of a hash."""
+    make = script("language_tokenizers").bert_tokenizer
+    documents = ["a red star. a red ring", "two stars, two rings", "Question: is there a ring?"]
+    tokenizer = make(documents, 64)
+    assert tokenizer.get_vocab() == make(documents[::-1], 64).get_vocab()
+    assert tokenizer.tokenize("Two RED stars?") == ["two", "red", "stars", "?"]
+    assert tokenizer.tokenize("teal") == ["t", "##e", "##a", "##l"]

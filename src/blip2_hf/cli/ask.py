@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         help=f"below 0 for short answers (default: {VQA['length_penalty']:g}, as in the paper)",
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
-    add_model_options(parser, default="blip2-tiny-t5", released="blip2-opt-2.7b")
+    add_model_options(parser, default="blip2-tiny-opt-vqa", released="blip2-opt-2.7b")
     parser.set_defaults(wrong=parser.error)
 
 

@@ -110,7 +110,7 @@ def _add_vqa(tasks: Any) -> None:
     _add_generation(parser, presets=("paper", "paper-finetuned", "lavis"))
     parser.add_argument("--prompt", type=template, help="with {} for the question (default: the preset's)")
     _add_run(parser, batch_size=32, unit="questions")
-    add_model_options(parser, default="blip2-tiny-t5", released="blip2-flan-t5-xl")
+    add_model_options(parser, default="blip2-tiny-opt-vqa", released="blip2-flan-t5-xl")
     parser.set_defaults(wrong=parser.error)
 
 

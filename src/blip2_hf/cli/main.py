@@ -20,8 +20,8 @@ exit codes:
 
 MODEL is a folder, a Hugging Face id, or the short name of a released checkpoint, such as
 blip2-opt-2.7b, blip2-flan-t5-xl or blip2-itm-vit-g, which are downloaded once. Without --model a
-small one inside this package works, which only knows drawn shapes (blip2-tiny-opt, blip2-tiny-t5,
-blip2-tiny-itm). `blip2 COMMAND --help` shows the options.
+small one inside this package works, which only knows drawn shapes (blip2-tiny-opt for captions,
+blip2-tiny-opt-vqa for answers, blip2-tiny-t5, blip2-tiny-itm). `blip2 COMMAND --help` shows the options.
 """
 
 
