@@ -287,17 +287,24 @@ def augmentation(results: Results) -> str:
 
 def loading(results: Results) -> str:
     precisions = ("float32", "bfloat16", "float16")
+
+    def with_import(row: Row) -> str:
+        if "started_ratio" not in row:  # of an older benchmark
+            return "–"
+        return ratio_of({"time_ratio": row["started_ratio"], "time_ratio_range": row["started_ratio_range"]})
+
     return simple(
         results,
         "loading",
         ("family", "stored_as", "load_as"),
         ("file", "model", "seconds of `from_pretrained`", "until every weight was read", "time ratio of that")
-        + ("peak memory over weights", "without mapped pages"),
+        + ("ratio with the import of the class", "peak memory over weights", "without mapped pages"),
         lambda row: (
             row["stored_as"],
             row["load_as"],
             *(each(row[field], show=lambda value: f"{value:.2f}") for field in ("seconds", "ready_seconds")),
             ratio_of(row),
+            with_import(row),
             *(
                 each(row[field], show=lambda value: f"{value:.2f}")
                 for field in ("peak_over_weights", "anonymous_over_weights")
