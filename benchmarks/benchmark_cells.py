@@ -26,9 +26,11 @@ def each(values: dict | None, names: Iterable[str] = BOTH, show: Callable[[float
     return "–" if not values else " / ".join(show(values[name]) for name in names)
 
 
-def ratio_of(row: Row, peer: str | None = None) -> str:
-    """The median, and the smallest and largest of all rounds where they were recorded."""
-    middle, extremes = row["time_ratio"], row.get("time_ratio_range")
+def ratio_of(row: Row, peer: str | None = None, *, name: str = "time_ratio") -> str:
+    """The median, and the smallest and largest of all rounds where they were recorded; "–" where it was not."""
+    middle, extremes = row.get(name), row.get(f"{name}_range")
+    if middle is None:
+        return "–"
     if peer is not None:
         middle, extremes = middle[peer], extremes[peer] if extremes else None
     return f"{middle:.2f}" + (f" ({extremes[0]:.2f} to {extremes[1]:.2f})" if extremes else "")

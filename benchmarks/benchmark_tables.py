@@ -287,12 +287,6 @@ def augmentation(results: Results) -> str:
 
 def loading(results: Results) -> str:
     precisions = ("float32", "bfloat16", "float16")
-
-    def with_import(row: Row) -> str:
-        if "started_ratio" not in row:  # of an older benchmark
-            return "–"
-        return ratio_of({"time_ratio": row["started_ratio"], "time_ratio_range": row["started_ratio_range"]})
-
     return simple(
         results,
         "loading",
@@ -304,7 +298,7 @@ def loading(results: Results) -> str:
             row["load_as"],
             *(each(row[field], show=lambda value: f"{value:.2f}") for field in ("seconds", "ready_seconds")),
             ratio_of(row),
-            with_import(row),
+            ratio_of(row, name="started_ratio"),
             *(
                 each(row[field], show=lambda value: f"{value:.2f}")
                 for field in ("peak_over_weights", "anonymous_over_weights")

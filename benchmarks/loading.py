@@ -7,10 +7,10 @@ a fresh process each time that has imported the class, in turns, with the file i
 `seconds` of `from_pretrained`, `ready_seconds` until every weight has been read once (`time_ratio` is theirs over ours,
 median over the rounds), `started_seconds` the same with importing the class before it (`started_ratio`): modules that
 theirs imports with the class, such as those of the Auto classes, are imported by ours when a language model is made.
-`imported_by_loading` counts the modules that `from_pretrained` imports. Memory is the most that the process needed
-beyond what it had before, over the bytes of the weights in the loaded model: `peak_over_weights` all of it, with the
-pages of the file that are mapped; `anonymous_over_weights` without these, which the system can take back at any time
-(sampled in a round that is not timed). Both must give the same weights.
+(The base classes are imported before either.) `imported_by_loading` counts the modules that `from_pretrained` imports.
+Memory is the most that the process needed beyond what it had before, over the bytes of the weights in the loaded model:
+`peak_over_weights` all of it, with the pages of the file that are mapped; `anonymous_over_weights` without these, which
+the system can take back at any time (sampled in a round that is not timed). Both must give the same weights.
 
 Importing (case `import`), a line per class: seconds of CPU time (`cpu_seconds`, `time_ratio`) and on the clock
 (`seconds`) of `from LIBRARY import CLASS` in a fresh process, of its `base` classes in `transformers` alone and of
