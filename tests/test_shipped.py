@@ -46,6 +46,15 @@ def test_they_are_small_and_documented(name) -> None:
     assert "shapes" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_wheel_has_all_of_their_files() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    source = Path(__file__).parents[1]
+    package = source / "src" / "blip2_hf"
+    globs = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
+    packed = {path for glob in globs["tool"]["setuptools"]["package-data"]["blip2_hf"] for path in package.glob(glob)}
+    assert {path for path in (package / "shipped").rglob("*") if path.is_file()} <= packed
+
+
 def test_captions_say_what_is_there() -> None:
     scenes = [RED_CIRCLE, BLUE_STAR, BOTH]
     results = pipeline("image-to-text", model="blip2-tiny-opt")(

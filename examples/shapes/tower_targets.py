@@ -20,8 +20,8 @@ ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "
 _WITH_BACKGROUND = ("shape", "colour")
 COMBINATIONS = len(SHAPES) * len(COLOURS)
 COUNTS = MOST_THINGS
-# Of a thing's centre: rows and columns of the picture that are told apart.
-PLACES = 8
+# Of a thing's centre: along each axis so many places of the picture are told apart.
+AXES, PLACES = ("column", "row"), 8
 # Share of a patch that a thing must cover to be what it shows; less than `_TRACE` of all things is background.
 _SHOWN, _TRACE = 0.15, 0.04
 
@@ -55,7 +55,7 @@ def targets(scene: Scene, patch: int) -> dict[str, np.ndarray]:
     centres = np.array([[one.x, one.y] for one in scene.things], dtype=np.float32)[thing]
     found["centre"] = np.where(shown[:, None], (centres - SIDE / 2) / patch, np.nan).astype(np.float32)
     cells = (centres * PLACES / SIDE).astype(np.int64).clip(0, PLACES - 1)
-    for axis, name in enumerate(("column", "row")):
+    for axis, name in enumerate(AXES):
         found[name] = np.where(shown, cells[:, axis], IGNORED)
     found["set"] = np.zeros(COMBINATIONS, dtype=np.float32)
     for one in scene.things:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 from tower_targets import (
     ATTRIBUTES,
+    AXES,
     COMBINATIONS,
     COUNTS,
     IGNORED,
@@ -46,7 +47,6 @@ TRAINING: dict[str, dict[str, float]] = {
 # Of the background among the classes of a patch: most patches show nothing else.
 _BACKGROUND_WEIGHT = 0.1
 _SET_THRESHOLD = 0.0  # logit
-_PLACE = ("column", "row")
 
 
 class TowerWithHeads(nn.Module):
@@ -57,7 +57,7 @@ class TowerWithHeads(nn.Module):
         self.tower = Blip2VisionModel(config)
         width = config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes(name)) for name in ATTRIBUTES})
-        self.heads.update({name: nn.Linear(width, PLACES) for name in _PLACE})
+        self.heads.update({name: nn.Linear(width, PLACES) for name in AXES})
         self.heads["centre"] = nn.Linear(width, 2)
         self.heads["set"] = nn.Linear(width, COMBINATIONS)
         self.heads["count"] = nn.Linear(width, COUNTS)
@@ -88,7 +88,7 @@ class TowerWithHeads(nn.Module):
         }
         losses |= {
             name: functional.cross_entropy(found[name].flatten(0, 1), batch[name].flatten(), ignore_index=IGNORED)
-            for name in _PLACE
+            for name in AXES
         }
         there = ~batch["centre"].isnan().any(dim=-1)
         losses["centre"] = functional.smooth_l1_loss(found["centre"][there], batch["centre"][there])
@@ -114,7 +114,7 @@ def accuracies(model: TowerWithHeads, scenes: list[Scene], options: LoopOptions)
         with options.autocast():
             found = model(batch["pixels"])
         there = ~batch["centre"].isnan().any(dim=-1)
-        scored = {name: (found[name].argmax(dim=-1) == batch[name])[there] for name in (*ATTRIBUTES, *_PLACE)}
+        scored = {name: (found[name].argmax(dim=-1) == batch[name])[there] for name in (*ATTRIBUTES, *AXES)}
         known = batch["shape"] != IGNORED
         scored["thing"] = ((found["shape"].argmax(dim=-1) == 0) == (batch["shape"] == 0))[known]
         scored["centre"] = (found["centre"] - batch["centre"])[there].norm(dim=-1) * patch
